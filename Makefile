@@ -1,0 +1,55 @@
+# Every target sets up what it needs in $(VENV). Needed on the machine: Python >= 3.11 and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help quickstart test check format bench clean FORCE
+
+help: ## Say what can be made
+	@echo "usage: make TARGET [PYTHON=python3] [VENV=.venv] [WORKERS=2]"
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST)
+
+quickstart: $(VENV)/.installed-examples ## Train on real data in three ways, print the comparison, draw it
+	@$(BIN)/python examples/quickstart.py $(ARGS)
+
+test: $(VENV)/.installed-test ## Run the tests (ARGS="-k name" to choose)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+check: $(VENV)/.installed-dev ## Check formatting, lint and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+
+format: $(VENV)/.installed-dev ## Format, and fix what lint can fix
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-bench ## Measure against the peers
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) figures build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment is made anew when PYTHON is another version, and an extra is installed again when pyproject.toml changes.
+$(VENV)/.python: FORCE
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "optaccum needs Python >= 3.11; " \
+	    f"{sys.executable} is {sys.version.split()[0]}. Name another: make ... PYTHON=python3.12")'
+	@version=$$($(PYTHON) -c 'import sys; print(*sys.version_info[:2], sep=".")'); \
+	if [ "$$version" != "$$(cat $@ 2>/dev/null)" ]; then \
+	    echo "Making $(VENV) with Python $$version"; \
+	    rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) && echo "$$version" > $@; \
+	fi
+
+$(VENV)/.installed-%: $(VENV)/.python pyproject.toml
+	@echo "Installing optaccum[$*] into $(VENV) (once; a minute or two)"
+	@$(PIP_INSTALL) -e ".[$*]"
+	@touch $@
+
+FORCE:

@@ -1,0 +1,52 @@
+"""Eight simulated devices, and the comparisons that every test file shares."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def assert_trees_equal(actual: Any, expected: Any) -> None:
+    """The same structure, one leaf or more, equal shapes, dtypes and values; NaN is never equal."""
+    for name, a, b in _pairs(actual, expected):
+        wrong = a != b  # of NaN too
+        assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.size} differ\n{a}\n{b}"
+
+
+def assert_trees_close(actual: Any, expected: Any, *, rtol: float = 1e-6, atol: float = 0.0) -> None:
+    """As `assert_trees_equal`, with values equal up to `atol + rtol * |expected|`."""
+    for name, a, b in _pairs(actual, expected):
+        wrong = a != b
+        if jnp.issubdtype(a.dtype, jnp.inexact):
+            wide = np.complex128 if jnp.iscomplexobj(a) else np.float64
+            a, b = a.astype(wide), b.astype(wide)
+            with np.errstate(invalid="ignore"):
+                wrong &= ~(np.abs(a - b) <= atol + rtol * np.where(np.isfinite(b), np.abs(b), 0.0))
+        assert not wrong.any(), (
+            f"{name}: {wrong.sum()} of {wrong.size} differ beyond {rtol=}, {atol=}\n{a}\n{b}"
+        )
+
+
+def _pairs(actual: Any, expected: Any) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(actual)
+    expected_leaves, expected_structure = jax.tree_util.tree_flatten_with_path(expected)
+    assert structure == expected_structure, f"{structure}\nis not\n{expected_structure}"
+    assert leaves, "there is nothing to compare: the trees have no leaves"
+    for (path, a), (_, b) in zip(leaves, expected_leaves, strict=True):
+        name = jax.tree_util.keystr(path) or "the only leaf"
+        a, b = _as_numpy(a), _as_numpy(b)
+        assert a.shape == b.shape, f"{name}: shape {a.shape} is not {b.shape}"
+        assert a.dtype == b.dtype, f"{name}: dtype {a.dtype} is not {b.dtype}"
+        yield name, a, b
+
+
+def _as_numpy(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)

@@ -1,0 +1,125 @@
+"""What programs outside this repository rely on: the names, what an import costs, and documentation."""
+
+import ast
+import inspect
+import pathlib
+import subprocess
+import sys
+import typing
+
+import pytest
+
+import optaccum
+
+PACKAGE = pathlib.Path(optaccum.__file__).parent
+
+STREAMING = [
+    "AccumulateState",
+    "accumulate",
+    "apply_gradients",
+    "by_weight",
+    "flush",
+    "from_multi_steps",
+    "has_updated",
+    "weight_total",
+]
+SCANNING = [
+    "Info",
+    "Last",
+    "Max",
+    "Min",
+    "Stack",
+    "Sum",
+    "WeightedMean",
+    "chunked",
+    "grad",
+    "value_and_grad",
+]
+INSTRUMENTS = ["count_collectives", "noise_scale", "plan_microbatches", "verify"]
+PUBLIC = sorted(STREAMING + SCANNING + INSTRUMENTS)
+
+
+def _sources() -> list[pathlib.Path]:
+    sources = sorted(PACKAGE.rglob("*.py"))
+    assert sources
+    return sources
+
+
+def _exports() -> list[str]:
+    return sorted(
+        name
+        for name, value in vars(optaccum).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    )
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_name_is_public(name):
+    assert hasattr(optaccum, name)
+
+
+def test_nothing_else_is_public():
+    assert set(_exports()) <= set(PUBLIC)
+
+
+def test_is_typed():
+    assert (PACKAGE / "py.typed").is_file()
+
+
+IMPORT = """
+import sys
+import jax, optax
+before = {name.partition(".")[0] for name in sys.modules}
+import optaccum
+after = {name.partition(".")[0] for name in sys.modules}
+print(*sorted(after - before - sys.stdlib_module_names))
+"""
+
+
+def test_import_brings_in_nothing_but_jax_and_optax():
+    run = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["optaccum"]
+
+
+def _imported(source: pathlib.Path) -> set[str]:
+    """The dotted names that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("source", _sources(), ids=lambda path: path.name)
+def test_uses_only_what_jax_makes_public(source):
+    private = {name for name in _imported(source) if {"_src", "interpreters"} & set(name.split("."))}
+    assert not private
+    assert "jax._src" not in source.read_text()
+
+
+def test_streaming_and_scanning_do_not_import_each_other():
+    imports = {source.stem: _imported(source) for source in _sources()}
+    for one, other in [("_accumulate", "_value_and_grad"), ("_value_and_grad", "_accumulate")]:
+        assert not any(name.startswith(f"optaccum.{other}") for name in imports.get(one, ()))
+
+
+def _functions() -> list[str]:
+    return [name for name in _exports() if inspect.isfunction(getattr(optaccum, name))]
+
+
+@pytest.mark.parametrize("name", _exports())
+def test_public_names_are_documented(name):
+    docstring = inspect.getdoc(getattr(optaccum, name))
+    assert docstring
+    if name in _functions():
+        for section in ["Args:", "Returns:", "Example"]:
+            assert section in docstring
+
+
+@pytest.mark.parametrize("name", _functions())
+def test_public_functions_are_annotated(name):
+    function = getattr(optaccum, name)
+    hints = typing.get_type_hints(function)
+    assert set(inspect.signature(function).parameters) | {"return"} <= set(hints)

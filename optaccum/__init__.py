@@ -1,0 +1,19 @@
+"""Gradient accumulation for JAX."""
+
+from optaccum._accumulate import accumulate as accumulate
+from optaccum._accumulate_state import (
+    AccumulateState as AccumulateState,
+    has_updated as has_updated,
+    weight_total as weight_total,
+)
+from optaccum._apply_gradients import apply_gradients as apply_gradients, flush as flush
+from optaccum._collectives import (
+    CollectiveCounts as CollectiveCounts,
+    count_collectives as count_collectives,
+)
+from optaccum._from_multi_steps import from_multi_steps as from_multi_steps
+from optaccum._noise_scale import noise_scale as noise_scale
+from optaccum._plan import MicrobatchPlan as MicrobatchPlan, plan_microbatches as plan_microbatches
+from optaccum._schedule import by_weight as by_weight
+
+__version__ = "0.1.0"

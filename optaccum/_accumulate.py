@@ -1,0 +1,197 @@
+"""Streaming accumulation: an optimizer that runs once per window of micro-batches."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaccum._accumulate_state import AccumulateState
+from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of, check_accumulator_dtype
+from optaccum._inner_update import make_inner_update
+from optaccum._micro_step import make_micro_step
+from optaccum._noise_scale import init_noise_state
+from optaccum._schedule import ByWeight, check_every_k
+from optaccum._window import Options, close, enter
+
+
+def accumulate(
+    inner: optax.GradientTransformation,
+    every_k_schedule: int | Callable[[jax.Array], Any] | ByWeight,
+    *,
+    use_grad_mean: bool = True,
+    accumulator_dtype: AccumulatorDType = jnp.float32,
+    should_skip_update_fn: Callable[..., Any] | None = None,
+    averaged_extra_args: tuple[str, ...] = (),
+    track_noise_scale: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Sums the gradients of k micro-batches, then runs `inner` once on their mean.
+
+    With weights w_i (1 where none is given) and gradients g_i of the micro-batches' mean losses,
+
+    .. math:: S = \sum_{i=1}^k w_i g_i, \qquad W = \sum_{i=1}^k w_i, \qquad u = \mathrm{inner}(S / W),
+
+    which is the gradient of the mean over all the window's examples, or tokens, however they are spread over
+    the micro-batches. The calls before the k-th return zeros and leave `inner`'s state as it is, without
+    evaluating it.
+
+    The transformation's update is `update(grads, state, params=None, *, weight=None, denominator=None,
+    **extra_args)`. `weight`: scalar, what the micro-batch counts in the mean (its examples, or tokens; global
+    over devices), where `grads` is of its mean loss. `denominator`: likewise, where `grads` is of its
+    *summed* loss: S = sum of g_i. Both are consumed here. A weight of zero adds nothing, not even a NaN, but
+    counts as a micro-step; a window whose W is 0 ends without running `inner`. Other extra args reach `inner`
+    as the emitting call brings them, unless `averaged_extra_args` names them. A function among them that
+    `inner` evaluates itself (`value_fn` of `optax.lbfgs`) must therefore describe the whole window, not the
+    last micro-batch.
+
+    Updates have the structure and dtypes that `inner` itself gives for gradients of the incoming dtypes;
+    `inner` computes with the accumulator's. A parameter whose gradient is float0 (an integer) stays as it is.
+
+    For gradients that do not fit twice beside the parameters use `optaccum.apply_gradients`, which works in
+    place. A mean over bf16 gradients is float32 here: `inner`'s state still has the dtypes that `inner.init`
+    gave it.
+
+    Args:
+      inner: any Optax gradient transformation; runs once per window, in place.
+      every_k_schedule: k, the micro-steps in a window: an int >= 1; a traceable function of the updates so
+        far (int32, shape=()) to a scalar k, where a k below 1 counts as 1; or `optaccum.by_weight`. A window
+        ends at the first micro-step that makes it k or longer, so k may shrink between saving and restoring.
+      use_grad_mean: True hands S / W to `inner`, False hands S. Default: True.
+      accumulator_dtype: of S. A dtype is taken exactly for real leaves, but float64 stays float64 and complex
+        stays complex; None takes each parameter's own; a function (key path, parameter) -> dtype overrides
+        all of this. Default: float32.
+      should_skip_update_fn: (grads, gradient_step, params) -> (bool scalar, pytree). True drops the
+        micro-step and its weight as if it never came; `state.num_skipped` counts them and `state.skip_state`
+        keeps the pytree. `optax.skip_not_finite` fits. Default: None, which lets non-finite gradients reach
+        `inner` at the end of their own window; the next one starts clean.
+      averaged_extra_args: names of scalar extra args, such as ("value",), that reach `inner` averaged over
+        the window as the gradient is: sum of w_i v_i, or of v_i with `denominator`, over W; float32. Default:
+        none.
+      track_noise_scale: keep what `optaccum.noise_scale` reads, at one squared norm per micro-step. Default:
+        False.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is `optaccum.AccumulateState`. The last three
+      options fill fields of it: switching one on or off changes the structure of a checkpoint.
+
+    Raises:
+      TypeError: an argument of the wrong type; both `weight` and `denominator`; an averaged extra arg not
+        given.
+      ValueError: k < 1; gradients (when updating) that do not match the parameters init was given.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaccum
+      >>> tx = optaccum.accumulate(optax.sgd(1.0), 2)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> for grads, num_tokens in ((jnp.array([8.0, 0.0]), 1), (jnp.array([0.0, 4.0]), 3)):
+      ...     updates, state = tx.update(grads, state, params, weight=num_tokens)
+      ...     params = optax.apply_updates(params, updates)
+      >>> params.tolist()
+      [-2.0, -3.0]
+    """
+    options = Options(
+        inner=optax.with_extra_args_support(_checked_inner(inner)),
+        every_k=check_every_k(every_k_schedule),
+        use_grad_mean=use_grad_mean,
+        accumulator_dtype=check_accumulator_dtype(accumulator_dtype),
+        should_skip_update_fn=_checked_callable("should_skip_update_fn", should_skip_update_fn),
+        averaged_extra_args=_checked_names(averaged_extra_args),
+        track_noise_scale=track_noise_scale,
+    )
+    return optax.GradientTransformationExtraArgs(
+        functools.partial(_init, options), functools.partial(_update, options)
+    )
+
+
+def options_of(tx: Any) -> Options | None:
+    """The options of a transformation that `accumulate` made; None for any other."""
+    update = getattr(tx, "update", None)
+    if isinstance(update, functools.partial) and update.func is _update:
+        return update.args[0]
+    return None
+
+
+def _init(options: Options, params: optax.Params) -> AccumulateState:
+    def zero_sum(path, leaf):
+        dtype = accumulator_dtype_of(options.accumulator_dtype, path, leaf)
+        return jnp.zeros_like(leaf, dtype=dtype)  # with the parameter's sharding
+
+    skip_state = ()
+    gradient_step = jnp.zeros([], jnp.int32)
+    if options.should_skip_update_fn is not None:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        skip_state = options.should_skip_update_fn(zeros, gradient_step, params)[1]
+    return AccumulateState(
+        micro_step=jnp.zeros([], jnp.int32),
+        gradient_step=gradient_step,
+        has_updated=jnp.zeros([], jnp.bool_),
+        num_skipped=jnp.zeros([], jnp.int32),
+        grad_sum=jax.tree_util.tree_map_with_path(zero_sum, params),
+        weight_sum=jnp.zeros([], jnp.float32),
+        inner_state=options.inner.init(params),
+        weight_total=jnp.zeros([2], jnp.float32),
+        extra_sums={name: jnp.zeros([], jnp.float32) for name in options.averaged_extra_args} or (),
+        skip_state=skip_state,
+        noise_state=init_noise_state() if options.track_noise_scale else (),
+    )
+
+
+def _update(
+    options: Options,
+    /,
+    updates: optax.Updates,
+    state: Any,  # an AccumulateState; Optax's protocol says any
+    params: optax.Params | None = None,
+    *,
+    weight: Any = None,
+    denominator: Any = None,
+    **extra_args: Any,
+) -> tuple[optax.Updates, AccumulateState]:
+    """One micro-step: zero updates, or the inner optimizer's at the end of the window."""
+    step = make_micro_step(
+        updates,
+        state.grad_sum,
+        params,
+        weight=weight,
+        denominator=denominator,
+        averaged_extra_args=options.averaged_extra_args,
+        extra_args=extra_args,
+    )
+    inner_update, updates_like = make_inner_update(
+        options.inner, updates, state.inner_state, params, extra_args
+    )
+    state, full = enter(options, step, state, params)
+
+    def step_fn(_, inner_state, gradient, averages):
+        return inner_update(gradient, inner_state, params, averages)
+
+    zeros = jax.tree.map(jnp.zeros_like, updates_like)
+    return close(options, state, full, zeros, step_fn)
+
+
+def _checked_inner(inner: Any) -> Any:
+    if not callable(getattr(inner, "init", None)) or not callable(getattr(inner, "update", None)):
+        raise TypeError(
+            f"accumulate expects an optax.GradientTransformation, such as optax.adamw(1e-3); got {inner!r}."
+        )
+    return inner
+
+
+def _checked_callable(name: str, fn: Any) -> Any:
+    if fn is not None and not callable(fn):
+        raise TypeError(f"{name} expects a function such as optax.skip_not_finite, or None; got {fn!r}.")
+    return fn
+
+
+def _checked_names(names: Any) -> tuple[str, ...]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f'averaged_extra_args expects a tuple of names, such as ("value",); got {names!r}.')
+    reserved = {"weight", "denominator"}.intersection(names)
+    if reserved:
+        raise ValueError(
+            f"averaged_extra_args names {sorted(reserved)}, which accumulate consumes to weigh the mean."
+        )
+    return tuple(names)

@@ -1,0 +1,134 @@
+"""The state of streaming accumulation, and what can be asked of it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaccum._noise_scale import NoiseScaleState
+
+
+class AccumulateState(NamedTuple):
+    """The state of the transformation that `optaccum.accumulate` returns.
+
+    The fields after `weight_total` hold `()` unless the option named beside them is used; switching one on or
+    off therefore changes the structure of a checkpoint.
+
+    Attributes:
+      micro_step: micro-steps in the open window.
+      gradient_step: updates emitted so far.
+      has_updated: whether the last call emitted.
+      num_skipped: micro-steps dropped so far by `should_skip_update_fn`.
+      grad_sum: weighted sum of the window's gradients. Where no window is open it holds the last one's: a
+        window starts by overwriting it.
+      weight_sum: weight in the window, kept likewise.
+      inner_state: the wrapped optimizer's state.
+      weight_total: all the weight emitted so far, as an unevaluated sum of two float32 words.
+      extra_sums: of `averaged_extra_args`: name -> weighted sum over the window.
+      skip_state: of `should_skip_update_fn`: what it last returned.
+      noise_state: of `track_noise_scale`.
+    """
+
+    micro_step: jax.Array  # shape=(), int32
+    gradient_step: jax.Array  # shape=(), int32
+    has_updated: jax.Array  # shape=(), bool
+    num_skipped: jax.Array  # shape=(), int32
+    grad_sum: optax.Updates  # shapes of the parameters, accumulator dtypes
+    weight_sum: jax.Array  # shape=(), float32
+    inner_state: optax.OptState
+    weight_total: jax.Array  # shape=(2,), float32: high word, low word
+    extra_sums: dict[str, jax.Array] | tuple[()] = ()  # each shape=(), float32
+    skip_state: Any = ()
+    noise_state: NoiseScaleState | tuple[()] = ()
+
+
+def add_to_total(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """`total + weight` in two float32 words: Knuth's two-sum, then a renormalisation; exact to 2^48.
+
+    Args:
+      total: shape=(2,), float32.
+      weight: shape=(), float32.
+    """
+    high, low = total
+    rounded = high + weight
+    added = rounded - high
+    error = (high - (rounded - added)) + (weight - added)
+    low = low + error
+    high = rounded + low
+    return jnp.stack([high, low - (high - rounded)])
+
+
+def has_updated(opt_state: Any) -> jax.Array:
+    """Whether the last call emitted: whether the parameters have just been updated.
+
+    Args:
+      opt_state: a state of `optaccum.accumulate`, or any pytree that holds some (those of `optax.chain`,
+        `optax.partition`, a whole `TrainState`).
+
+    Returns:
+      A bool array, shape=(): True exactly if the last call emitted an update; of several states, if all have.
+
+    Raises:
+      ValueError: `opt_state` holds no `AccumulateState`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaccum
+      >>> tx = optax.chain(optax.clip(1.0), optaccum.accumulate(optax.sgd(0.1), 2))
+      >>> params = jnp.zeros(3)
+      >>> state, emitted = tx.init(params), []
+      >>> for _ in range(4):
+      ...     _, state = tx.update(jnp.ones(3), state, params)
+      ...     emitted.append(bool(optaccum.has_updated(state)))
+      >>> emitted
+      [False, True, False, True]
+    """
+    states = find_states(opt_state)
+    states += [inner for state in states for inner in _states_in(state.inner_state)]  # a window of windows
+    result = jnp.asarray(states[0].has_updated)
+    for state in states[1:]:
+        result = result & state.has_updated
+    return result
+
+
+def weight_total(opt_state: Any) -> float:
+    """All the weight emitted so far: the examples, or tokens, that the parameters have been trained on.
+
+    Args:
+      opt_state: a state of `optaccum.accumulate`, or any pytree that holds some. Concrete: not inside jit.
+
+    Returns:
+      A float on the host, exact up to 2^48 where the weights are integers; of several states, the least.
+
+    Raises:
+      ValueError: `opt_state` holds no `AccumulateState`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaccum
+      >>> tx = optaccum.accumulate(optax.sgd(0.1), 2)
+      >>> params = jnp.zeros(3)
+      >>> state = tx.init(params)
+      >>> for tokens in (500, 300, 200):  # the third is in a window still open
+      ...     _, state = tx.update(jnp.ones(3), state, params, weight=tokens)
+      >>> int(optaccum.weight_total(state))
+      800
+    """
+    return min(float(np.asarray(s.weight_total, np.float64).sum()) for s in find_states(opt_state))
+
+
+def find_states(opt_state: Any) -> list[AccumulateState]:
+    """Every `AccumulateState` in a pytree, except those inside another's `inner_state`; one at least."""
+    states = _states_in(opt_state)
+    if not states:
+        raise ValueError(
+            "expected an optimizer state that holds an optaccum.AccumulateState, found none in a "
+            f"{type(opt_state).__name__}; pass the state of a transformation that optaccum.accumulate made, "
+            "or any pytree with one inside."
+        )
+    return states
+
+
+def _states_in(tree: Any) -> list[AccumulateState]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, AccumulateState))
+    return [leaf for leaf in leaves if isinstance(leaf, AccumulateState)]

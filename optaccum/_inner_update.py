@@ -1,0 +1,55 @@
+"""The wrapped optimizer's update, as the window's end calls it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optaccum._avals import keep_avals
+from optaccum._micro_step import is_float0, without_float0
+
+InnerUpdate = Callable[
+    [optax.Updates, optax.OptState, optax.Params | None, dict[str, jax.Array]],
+    tuple[optax.Updates, optax.OptState],
+]
+"""(gradient, inner_state, params, averaged extra args) -> (updates, inner_state)."""
+
+
+def make_inner_update(
+    inner: optax.GradientTransformationExtraArgs,
+    grads: optax.Updates,
+    inner_state: optax.OptState,
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+) -> tuple[InnerUpdate, optax.Updates]:
+    """`inner.update` for gradients wider than `grads`, and what its updates look like.
+
+    The updates get the structure and dtypes that `inner` itself gives for `grads`, found without running it.
+    A leaf with a float0 gradient stays where it is, whatever weight decay would do to it.
+
+    Returns:
+      The function, and a pytree of `jax.ShapeDtypeStruct`.
+    """
+    has_float0 = any(map(is_float0, jax.tree.leaves(grads)))
+    like = without_float0(grads, params)
+
+    def update(gradient, inner_state, params, extra_args):
+        updates, inner_state = inner.update(gradient, inner_state, params, **extra_args)
+        if has_float0:
+            updates = jax.tree.map(lambda g, zero, u: zero if is_float0(g) else u, grads, like, updates)
+        return updates, inner_state
+
+    def strongly_typed_updates(gradient, inner_state, params):
+        updates, _ = update(gradient, inner_state, params, extra_args)
+        return jax.tree.map(lambda u: lax.convert_element_type(u, jnp.result_type(u)), updates)
+
+    updates_like = jax.eval_shape(strongly_typed_updates, like, inner_state, params)
+
+    def inner_update(gradient, inner_state, params, averages):
+        updates, inner_state = update(gradient, inner_state, params, extra_args | averages)
+        return keep_avals(updates, updates_like, "the inner optimizer's updates"), inner_state
+
+    return inner_update, updates_like

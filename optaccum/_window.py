@@ -1,0 +1,164 @@
+"""The window of micro-steps: how a gradient enters it, and what happens when it is full.
+
+`accumulate`'s update, `apply_gradients` and `flush` are all made of these two steps. Nothing is ever
+multiplied by a mask (0 * NaN is NaN): what does not count is replaced by zero, and a window starts by
+overwriting the last sums.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optaccum._accumulate_state import AccumulateState, add_to_total
+from optaccum._avals import keep_avals
+from optaccum._dtypes import AccumulatorDType
+from optaccum._micro_step import MicroStep
+from optaccum._noise_scale import NoiseScaleState, average_in, estimate_noise, squared_norm
+from optaccum._run_if import run_if
+from optaccum._schedule import EveryK, micro_steps_in_window
+
+
+class Options(NamedTuple):
+    """The arguments of `optaccum.accumulate`, checked."""
+
+    inner: optax.GradientTransformationExtraArgs
+    every_k: EveryK
+    use_grad_mean: bool
+    accumulator_dtype: AccumulatorDType
+    should_skip_update_fn: Callable[..., Any] | None
+    averaged_extra_args: tuple[str, ...]
+    track_noise_scale: bool
+
+
+def enter(
+    options: Options, step: MicroStep, state: AccumulateState, params: optax.Params | None
+) -> tuple[AccumulateState, jax.Array]:
+    """The state with this micro-step in its window, and whether the window is full now; shape=(), bool."""
+    skip, skip_state = _skip(options, step, state, params)
+    first = state.micro_step == 0
+
+    def unless_skipped(new, old):
+        return new if skip is None else jnp.where(skip, old, new)
+
+    def add(total, term):
+        return unless_skipped(jnp.where(first, term, total + term), total)
+
+    def add_gradient(total, grad):
+        wide = jnp.promote_types(total.dtype, jnp.float32)
+        term = grad.astype(wide) * step.weight.astype(wide) if step.scale else grad.astype(wide)
+        return unless_skipped(jnp.where(first, term, total.astype(wide) + term).astype(total.dtype), total)
+
+    noise_state = state.noise_state
+    if isinstance(noise_state, NoiseScaleState):
+        noise_state = noise_state._replace(
+            num_terms=add(noise_state.num_terms, (step.weight != 0).astype(jnp.int32)),
+            sq_norm_sum=add(noise_state.sq_norm_sum, _weighted_sq_norm(step)),
+        )
+    extra_sums = {name: add(total, step.extra_terms[name]) for name, total in dict(state.extra_sums).items()}
+    entered = state._replace(
+        micro_step=unless_skipped(optax.safe_increment(state.micro_step), state.micro_step),
+        grad_sum=jax.tree.map(add_gradient, state.grad_sum, step.grads),
+        weight_sum=add(state.weight_sum, step.weight),
+        extra_sums=extra_sums or (),
+        skip_state=skip_state,
+        noise_state=noise_state,
+    )
+    full = entered.micro_step >= micro_steps_in_window(
+        options.every_k, state.gradient_step, state.weight_total[0]
+    )
+    if skip is not None:
+        full = full & ~skip
+        num_skipped = jnp.where(skip, optax.safe_increment(state.num_skipped), state.num_skipped)
+        entered = entered._replace(num_skipped=num_skipped)
+    return entered, full
+
+
+def close(
+    options: Options,
+    state: AccumulateState,
+    full: jax.Array,
+    target: Any,
+    step_fn: Callable[[Any, optax.OptState, optax.Updates, dict[str, jax.Array]], tuple[Any, optax.OptState]],
+) -> tuple[Any, AccumulateState]:
+    """Where the window is full, end it: run `step_fn` once, in place, unless the window's weight is zero.
+
+    Args:
+      options: of the transformation.
+      state: with the window's sums.
+      full: shape=(), bool.
+      target: what `step_fn` replaces: the updates, or the parameters.
+      step_fn: (target, inner_state, gradient, averaged extra args) -> (target, inner_state).
+
+    Returns:
+      The target and the state, ready for the next micro-step.
+    """
+    emits = full & (state.weight_sum != 0)
+
+    def emit(carry):
+        target, inner_state, noise_state = carry
+        gradient, averages = _window_means(options, state)
+        new_target, new_inner_state = step_fn(target, inner_state, gradient, averages)
+        new_inner_state = keep_avals(new_inner_state, inner_state, "the inner optimizer's state")
+        return new_target, new_inner_state, _close_noise(state, noise_state)
+
+    target, inner_state, noise_state = run_if(emits, emit, (target, state.inner_state, state.noise_state))
+    return target, state._replace(
+        micro_step=jnp.where(full, jnp.zeros_like(state.micro_step), state.micro_step),
+        gradient_step=jnp.where(emits, optax.safe_increment(state.gradient_step), state.gradient_step),
+        has_updated=emits,
+        inner_state=inner_state,
+        weight_total=jnp.where(emits, add_to_total(state.weight_total, state.weight_sum), state.weight_total),
+        noise_state=noise_state,
+    )
+
+
+def _skip(
+    options: Options, step: MicroStep, state: AccumulateState, params: optax.Params | None
+) -> tuple[jax.Array | None, Any]:
+    """Whether to drop the micro-step (None: never), and the new skip state."""
+    if options.should_skip_update_fn is None:
+        return None, state.skip_state
+    skip, skip_state = options.should_skip_update_fn(step.grads, state.gradient_step, params)
+    skip = jnp.asarray(skip)
+    if skip.shape != () or skip.dtype != jnp.bool_:
+        raise TypeError(
+            "should_skip_update_fn expects to return (a bool scalar, a pytree); its first came with shape "
+            f"{skip.shape} and dtype {skip.dtype}. Reduce over the gradients, as optax.skip_not_finite does."
+        )
+    return skip, keep_avals(skip_state, state.skip_state, "what should_skip_update_fn returns")
+
+
+def _window_means(options: Options, state: AccumulateState) -> tuple[optax.Updates, dict[str, jax.Array]]:
+    """What `inner` gets: the window's gradient, and its averaged extra args."""
+    # A guarded divisor: an unguarded one keeps XLA from working in place (and the eager reader from a 0 / 0).
+    weight = jnp.where(state.weight_sum != 0, state.weight_sum, 1)
+
+    def mean(total):
+        wide = jnp.promote_types(total.dtype, jnp.float32)
+        divisor = weight.astype(jnp.finfo(wide).dtype)
+        if jnp.issubdtype(wide, jnp.complexfloating):
+            return lax.complex(total.real / divisor, total.imag / divisor)
+        return (total.astype(wide) / divisor).astype(total.dtype)
+
+    gradient = jax.tree.map(mean, state.grad_sum) if options.use_grad_mean else state.grad_sum
+    return gradient, {name: total / weight for name, total in dict(state.extra_sums).items()}
+
+
+def _weighted_sq_norm(step: MicroStep) -> jax.Array:
+    """The micro-step's n |g|^2, g being its mean gradient over n."""
+    sq_norm = squared_norm(step.grads)
+    if step.scale:
+        return step.weight * sq_norm
+    return sq_norm / jnp.where(step.weight != 0, step.weight, 1)
+
+
+def _close_noise(state: AccumulateState, noise_state: Any) -> Any:
+    if not isinstance(noise_state, NoiseScaleState):
+        return noise_state
+    mean_sq_norm = squared_norm(state.grad_sum) / jnp.square(state.weight_sum)
+    estimates = estimate_noise(noise_state.num_terms, noise_state.sq_norm_sum, mean_sq_norm, state.weight_sum)
+    return average_in(noise_state, estimates)

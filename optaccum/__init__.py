@@ -14,6 +14,15 @@ from optaccum._collectives import (
 from optaccum._from_multi_steps import from_multi_steps as from_multi_steps
 from optaccum._noise_scale import noise_scale as noise_scale
 from optaccum._plan import MicrobatchPlan as MicrobatchPlan, plan_microbatches as plan_microbatches
+from optaccum._reductions import (
+    Last as Last,
+    Max as Max,
+    Min as Min,
+    Stack as Stack,
+    Sum as Sum,
+    WeightedMean as WeightedMean,
+)
 from optaccum._schedule import by_weight as by_weight
+from optaccum._value_and_grad import Info as Info, grad as grad, value_and_grad as value_and_grad
 
 __version__ = "0.1.0"

@@ -1,0 +1,143 @@
+"""A batch into micro-batches and back, without moving it across devices.
+
+Micro-batch i of n is `batch[i::n]`. For rows that n divides this is a reshape to (rows, n) and a transpose: where
+the batch is sharded over devices, each device keeps its own rows, whereas contiguous slices would gather them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+PyTree = Any
+
+
+def resolve_num_microbatches(
+    batch_size: int, num_microbatches: int | None, microbatch_size: int | None
+) -> int:
+    """How many micro-batches: as given, or as few as keep each at `microbatch_size` examples at most."""
+    n = num_microbatches if num_microbatches is not None else -(-batch_size // (microbatch_size or 1))
+    if n > batch_size:
+        raise ValueError(
+            f"expected at most as many micro-batches as examples; got {n} micro-batches for {batch_size} examples. "
+            "Lower num_microbatches, or give microbatch_size instead."
+        )
+    return n
+
+
+def check_split_options(num_microbatches: int | None, microbatch_size: int | None) -> None:
+    """Raises unless exactly one of the two is given, and is an int >= 1."""
+    given = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
+    given = {name: size for name, size in given.items() if size is not None}
+    if len(given) != 1:
+        raise ValueError(
+            "expected exactly one of num_microbatches and microbatch_size; "
+            f"got num_microbatches={num_microbatches}, microbatch_size={microbatch_size}."
+        )
+    for name, size in given.items():
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
+            raise TypeError(f"expected {name} to be an int >= 1; got {size!r} of type {type(size).__name__}.")
+        if int(size) < 1:
+            raise ValueError(f"expected {name} to be an int >= 1; got {size!r}.")
+
+
+def batch_size_of(batch: PyTree) -> int:
+    """The leading size that all leaves of a batch agree on."""
+    sizes: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        name = "batch" + jax.tree_util.keystr(path)
+        if not jnp.ndim(leaf):
+            raise ValueError(
+                f"expected every leaf of the batch to lead with the batch axis; got a scalar at {name}. Pass what is "
+                "not split as another argument or a keyword argument."
+            )
+        sizes[name] = jnp.shape(leaf)[0]
+    if not sizes:
+        raise ValueError("expected a batch with at least one array; got none. Check batch_argnums.")
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"expected every leaf of the batch to have the same leading size; got {sizes}. Pass what is not split "
+            "as another argument or a keyword argument."
+        )
+    size = next(iter(sizes.values()))
+    if not size:
+        raise ValueError("expected at least one example; got a batch of size 0.")
+    return size
+
+
+def split(batch: PyTree, num_microbatches: int) -> list[PyTree]:
+    """Splits a batch into one or two stacks of equal micro-batches.
+
+    Args:
+      batch: leaves of shape (B, ...).
+      num_microbatches: n, at most B.
+
+    Returns:
+      Pytrees with leaves of shape (count, size, ...), the micro-batches in order: one with all n where n divides B;
+      otherwise the first B mod n of ceil(B / n) rows, then the rest, of floor(B / n) rows.
+    """
+    n, batch_size = num_microbatches, batch_size_of(batch)
+    rows, extra = divmod(batch_size, n)
+    batch = jax.tree.map(lambda x: _unshard_if_uneven(jnp.asarray(x), n), batch)
+    if not extra:
+        return [jax.tree.map(lambda x: _rows_to_stack(x, n), batch)]
+
+    even = jax.tree.map(lambda x: _rows_to_stack(x[: rows * n], n), batch)
+    longer = jax.tree.map(
+        lambda e, x: jnp.concatenate([e[:extra], x[rows * n :][:, None]], axis=1), even, batch
+    )
+    return [longer, jax.tree.map(lambda e: e[extra:], even)]
+
+
+def join(stacks: Sequence[jax.Array]) -> jax.Array:
+    """The inverse of `split` for one leaf: (count, size, ...) stacks to rows (B, ...), in the batch's own order."""
+    if len(stacks) == 1:
+        return _stack_to_rows(stacks[0])
+    longer, shorter = stacks
+    rows = shorter.shape[1]
+    even = _stack_to_rows(jnp.concatenate([longer[:, :rows], shorter]))
+    return jnp.concatenate([even, longer[:, rows]])
+
+
+def _explicit_spec(x: jax.Array) -> tuple[Any, list[Any]] | None:
+    """The mesh and the full list of partitions of an array whose type carries its sharding."""
+    sharding = jax.typeof(x).sharding
+    if not any(axis is not None for axis in sharding.spec):
+        return None
+    return sharding.mesh, [*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))]
+
+
+def _unshard_if_uneven(x: jax.Array, n: int) -> jax.Array:
+    """Gathers the batch axis of an Explicit array whose rows on each device n does not divide."""
+    if (explicit := _explicit_spec(x)) is None:
+        return x
+    mesh, (batch_axes, *others) = explicit
+    if batch_axes is None:
+        return x
+    devices = 1
+    for name in batch_axes if isinstance(batch_axes, tuple) else (batch_axes,):
+        devices *= mesh.shape[name]
+    if x.shape[0] % (devices * n) == 0:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(None, *others)))
+
+
+def _rows_to_stack(x: jax.Array, n: int) -> jax.Array:
+    shape = (x.shape[0] // n, n, *x.shape[1:])
+    if (explicit := _explicit_spec(x)) is None:
+        return x.reshape(shape).swapaxes(0, 1)
+    mesh, (batch_axes, *others) = explicit
+    out_sharding = NamedSharding(mesh, PartitionSpec(batch_axes, None, *others))
+    return jax.lax.reshape(x, shape, out_sharding=out_sharding).swapaxes(0, 1)
+
+
+def _stack_to_rows(x: jax.Array) -> jax.Array:
+    x = x.swapaxes(0, 1)
+    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+    if (explicit := _explicit_spec(x)) is None:
+        return x.reshape(shape)
+    mesh, (batch_axes, _, *others) = explicit
+    out_sharding = NamedSharding(mesh, PartitionSpec(batch_axes, *others))
+    return jax.lax.reshape(x, shape, out_sharding=out_sharding)

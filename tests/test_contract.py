@@ -5,7 +5,6 @@ import inspect
 import pathlib
 import subprocess
 import sys
-import typing
 
 import pytest
 
@@ -37,6 +36,7 @@ SCANNING = [
 ]
 INSTRUMENTS = ["count_collectives", "noise_scale", "plan_microbatches", "verify"]
 PUBLIC = sorted(STREAMING + SCANNING + INSTRUMENTS)
+RETURNED = ["CollectiveCounts", "MicrobatchPlan"]  # types that a user meets, and may want to name
 
 
 def _sources() -> list[pathlib.Path]:
@@ -59,7 +59,7 @@ def test_name_is_public(name):
 
 
 def test_nothing_else_is_public():
-    assert set(_exports()) <= set(PUBLIC)
+    assert set(_exports()) <= {*PUBLIC, *RETURNED}
 
 
 def test_is_typed():
@@ -94,9 +94,8 @@ def _imported(source: pathlib.Path) -> set[str]:
 
 @pytest.mark.parametrize("source", _sources(), ids=lambda path: path.name)
 def test_uses_only_what_jax_makes_public(source):
-    private = {name for name in _imported(source) if {"_src", "interpreters"} & set(name.split("."))}
-    assert not private
-    assert "jax._src" not in source.read_text()
+    assert not [name for name in _imported(source) if "_src" in name.split(".")]
+    assert "._src" not in source.read_text()
 
 
 def test_streaming_and_scanning_do_not_import_each_other():
@@ -120,6 +119,7 @@ def test_public_names_are_documented(name):
 
 @pytest.mark.parametrize("name", _functions())
 def test_public_functions_are_annotated(name):
-    function = getattr(optaccum, name)
-    hints = typing.get_type_hints(function)
-    assert set(inspect.signature(function).parameters) | {"return"} <= set(hints)
+    signature = inspect.signature(getattr(optaccum, name))
+    assert signature.return_annotation is not signature.empty
+    bare = [p.name for p in signature.parameters.values() if p.annotation is p.empty]
+    assert not bare

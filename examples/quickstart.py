@@ -104,9 +104,13 @@ class Classifier(nn.Module):
 model = Classifier()
 
 
+def logits_of(params: PyTree, images: Images) -> Any:
+    return model.apply(params, images.pixels)
+
+
 def loss_fn(params: PyTree, images: Images) -> jax.Array:
     """The mean cross-entropy."""
-    logits = model.apply(params, images.pixels)
+    logits = logits_of(params, images)
     return optax.softmax_cross_entropy_with_integer_labels(logits, images.labels).mean()
 
 
@@ -176,12 +180,13 @@ def optax_microbatch(tx: optax.GradientTransformation, microbatch_size: int) -> 
 
 def load_images(seed: int) -> tuple[Images, Images]:
     """The digits, four fifths to train on and one fifth to test on."""
-    digits = load_digits()
+    digits: Any = load_digits()
     pixels = (digits.images[..., None] / 16).astype(np.float32)
     labels = digits.target.astype(np.int32)
-    train_pixels, test_pixels, train_labels, test_labels = train_test_split(
+    parts: Any = train_test_split(
         pixels, labels, train_size=TRAIN_SIZE, test_size=TEST_SIZE, stratify=labels, random_state=seed
     )
+    train_pixels, test_pixels, train_labels, test_labels = parts
     return Images(train_pixels, train_labels), Images(test_pixels, test_labels)
 
 
@@ -227,12 +232,21 @@ def advance(run: Run, batch: Images) -> Run:
 
 @jax.jit
 def accuracy(params: PyTree, images: Images) -> jax.Array:
-    return jnp.mean(model.apply(params, images.pixels).argmax(-1) == images.labels)
+    return jnp.mean(logits_of(params, images).argmax(-1) == images.labels)
 
 
 def max_difference(a: PyTree, b: PyTree) -> float:
     differences = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), a, b)
     return max(jax.tree.leaves(differences))
+
+
+def temp_bytes(compiled: jax.stages.Compiled) -> int:
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError(
+            f"the {jax.default_backend()} backend does not say how much memory a program takes"
+        )
+    return analysis.temp_size_in_bytes
 
 
 def result_of(run: Run, reference: Run, test: Images) -> Result:
@@ -241,7 +255,7 @@ def result_of(run: Run, reference: Run, test: Images) -> Result:
         losses=run.losses,
         test_accuracy=float(accuracy(run.params, test)),
         max_difference=max_difference(run.params, reference.params),
-        temp_bytes=run.compiled.memory_analysis().temp_size_in_bytes,
+        temp_bytes=temp_bytes(run.compiled),
         milliseconds=1e3 * float(np.median(run.seconds)),
     )
 

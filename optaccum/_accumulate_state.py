@@ -21,8 +21,8 @@ class AccumulateState(NamedTuple):
       gradient_step: updates emitted so far.
       has_updated: whether the last call emitted.
       num_skipped: micro-steps dropped so far by `should_skip_update_fn`.
-      grad_sum: weighted sum of the window's gradients. Where no window is open it holds the last one's: a
-        window starts by overwriting it.
+      grad_sum: weighted sum of the window's gradients. Where no window is open it holds what the last one
+        emitted: a window starts by overwriting it.
       weight_sum: weight in the window, kept likewise.
       inner_state: the wrapped optimizer's state.
       weight_total: all the weight emitted so far, as an unevaluated sum of two float32 words.

@@ -9,9 +9,10 @@ import optax
 
 
 class MicroStep(NamedTuple):
-    """One micro-batch's contribution. Where its weight is zero, so is everything in it."""
+    """One micro-batch's contribution. Where its weight is zero, so is all that counts."""
 
     grads: optax.Updates  # dtypes as they came; float0 replaced
+    unmasked_grads: optax.Updates  # the same, whatever the weight
     weight: jax.Array  # shape=(), float32: the weight or the denominator
     scale: bool  # the gradient and the extra terms' gradient-like quantities are still to be multiplied by it
     extra_terms: dict[str, jax.Array]  # each shape=(), float32: what averaged extra args add to their sums
@@ -38,16 +39,16 @@ def make_micro_step(
     name, given = ("weight", weight) if denominator is None else ("denominator", denominator)
     values = {key: _averaged(key, extra_args) for key in averaged_extra_args}
     if given is None:
-        return MicroStep(grads, jnp.ones([], jnp.float32), False, values)
+        return MicroStep(grads, grads, jnp.ones([], jnp.float32), False, values)
     count = _scalar(name, given)
 
     def where_counted(x):
         return jnp.where(count != 0, x, jnp.zeros_like(x))
 
-    grads, values = jax.tree.map(where_counted, (grads, values))
+    masked, values = jax.tree.map(where_counted, (grads, values))
     if weight is None:
-        return MicroStep(grads, count, False, values)
-    return MicroStep(grads, count, True, {key: count * value for key, value in values.items()})
+        return MicroStep(masked, grads, count, False, values)
+    return MicroStep(masked, grads, count, True, {key: count * value for key, value in values.items()})
 
 
 def check_gradients(grads: optax.Updates, grad_sum: optax.Updates) -> None:

@@ -68,17 +68,20 @@ def squared_norm(tree: Any) -> jax.Array:
     """|tree|^2, summed in float32 at least; shape=(), float32."""
     total = jnp.zeros([], jnp.float32)
     for leaf in jax.tree.leaves(tree):
-        parts = (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
-        for part in parts:
+        for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
             wide = part.astype(jnp.promote_types(part.dtype, jnp.float32))
-            total = total + jnp.sum(jnp.square(wide)).astype(jnp.float32)
+            # A dot, for XLA would share squares with the optimizer (Adam has them), and so keep a copy of them.
+            total = total + jnp.tensordot(wide, wide, axes=wide.ndim).astype(jnp.float32)
     return total
 
 
 def init_noise_state() -> NoiseScaleState:
     """Nothing seen yet."""
-    zero = jnp.zeros([], jnp.float32)
-    return NoiseScaleState(jnp.zeros([], jnp.int32), zero, NoiseEstimates(zero, zero), zero)
+
+    def zero():  # a buffer each: a state that is donated may not hold one twice
+        return jnp.zeros([], jnp.float32)
+
+    return NoiseScaleState(jnp.zeros([], jnp.int32), zero(), NoiseEstimates(zero(), zero()), zero())
 
 
 def average_in(state: NoiseScaleState, estimates: NoiseEstimates) -> NoiseScaleState:

@@ -18,6 +18,7 @@ from optaccum._avals import keep_avals
 from optaccum._dtypes import AccumulatorDType
 from optaccum._micro_step import MicroStep
 from optaccum._noise_scale import NoiseScaleState, average_in, estimate_noise, squared_norm
+from optaccum._non_finite import cheaper
 from optaccum._run_if import run_if
 from optaccum._schedule import EveryK, micro_steps_in_window
 
@@ -97,13 +98,13 @@ def close(
       The target and the state, ready for the next micro-step.
     """
     emits = full & (state.weight_sum != 0)
+    state = _divide(options, state, emits)
 
     def emit(carry):
         target, inner_state, noise_state = carry
-        gradient, averages = _window_means(options, state)
-        new_target, new_inner_state = step_fn(target, inner_state, gradient, averages)
+        new_target, new_inner_state = step_fn(target, inner_state, state.grad_sum, dict(state.extra_sums))
         new_inner_state = keep_avals(new_inner_state, inner_state, "the inner optimizer's state")
-        return new_target, new_inner_state, _close_noise(state, noise_state)
+        return new_target, new_inner_state, _close_noise(options, state, noise_state)
 
     target, inner_state, noise_state = run_if(emits, emit, (target, state.inner_state, state.noise_state))
     return target, state._replace(
@@ -122,7 +123,8 @@ def _skip(
     """Whether to drop the micro-step (None: never), and the new skip state."""
     if options.should_skip_update_fn is None:
         return None, state.skip_state
-    skip, skip_state = options.should_skip_update_fn(step.grads, state.gradient_step, params)
+    skip_fn = cheaper(options.should_skip_update_fn, state.skip_state)
+    skip, skip_state = skip_fn(step.grads, state.gradient_step, params)
     skip = jnp.asarray(skip)
     if skip.shape != () or skip.dtype != jnp.bool_:
         raise TypeError(
@@ -132,33 +134,38 @@ def _skip(
     return skip, keep_avals(skip_state, state.skip_state, "what should_skip_update_fn returns")
 
 
-def _window_means(options: Options, state: AccumulateState) -> tuple[optax.Updates, dict[str, jax.Array]]:
-    """What `inner` gets: the window's gradient, and its averaged extra args."""
-    # A guarded divisor: an unguarded one keeps XLA from working in place (and the eager reader from a 0 / 0).
-    weight = jnp.where(state.weight_sum != 0, state.weight_sum, 1)
+def _divide(options: Options, state: AccumulateState, emits: jax.Array) -> AccumulateState:
+    """Where the window emits, its sums become means, in their own buffers.
 
-    def mean(total):
-        wide = jnp.promote_types(total.dtype, jnp.float32)
-        divisor = weight.astype(jnp.finfo(wide).dtype)
-        if jnp.issubdtype(wide, jnp.complexfloating):
+    Dividing what `inner` reads instead would cost a copy: XLA does not repeat a division in every reader.
+    """
+    weight = jnp.where(emits, state.weight_sum, 1)
+
+    def divide(total):
+        wide = total.astype(jnp.promote_types(total.dtype, jnp.float32))
+        divisor = weight.astype(jnp.finfo(wide.dtype).dtype)
+        if jnp.iscomplexobj(total):
             return lax.complex(total.real / divisor, total.imag / divisor)
-        return (total.astype(wide) / divisor).astype(total.dtype)
+        return (wide / divisor).astype(total.dtype)
 
-    gradient = jax.tree.map(mean, state.grad_sum) if options.use_grad_mean else state.grad_sum
-    return gradient, {name: total / weight for name, total in dict(state.extra_sums).items()}
+    extra_means = jax.tree.map(divide, state.extra_sums)
+    grad_sum = jax.tree.map(divide, state.grad_sum) if options.use_grad_mean else state.grad_sum
+    return state._replace(grad_sum=grad_sum, extra_sums=extra_means)
 
 
 def _weighted_sq_norm(step: MicroStep) -> jax.Array:
     """The micro-step's n |g|^2, g being its mean gradient over n."""
-    sq_norm = squared_norm(step.grads)
-    if step.scale:
-        return step.weight * sq_norm
-    return sq_norm / jnp.where(step.weight != 0, step.weight, 1)
+    # Masking the scalar rather than the gradient lets XLA reduce what it reads, with no copy in between.
+    counts = step.weight != 0
+    sq_norm = jnp.where(counts, squared_norm(step.unmasked_grads), 0)
+    return step.weight * sq_norm if step.scale else sq_norm / jnp.where(counts, step.weight, 1)
 
 
-def _close_noise(state: AccumulateState, noise_state: Any) -> Any:
+def _close_noise(options: Options, state: AccumulateState, noise_state: Any) -> Any:
     if not isinstance(noise_state, NoiseScaleState):
         return noise_state
-    mean_sq_norm = squared_norm(state.grad_sum) / jnp.square(state.weight_sum)
+    mean_sq_norm = squared_norm(state.grad_sum)
+    if not options.use_grad_mean:
+        mean_sq_norm = mean_sq_norm / jnp.square(state.weight_sum)
     estimates = estimate_noise(noise_state.num_terms, noise_state.sq_norm_sum, mean_sq_norm, state.weight_sum)
     return average_in(noise_state, estimates)

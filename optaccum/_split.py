@@ -17,12 +17,16 @@ PyTree = Any
 def resolve_num_microbatches(
     batch_size: int, num_microbatches: int | None, microbatch_size: int | None
 ) -> int:
-    """How many micro-batches: as given, or as few as keep each at `microbatch_size` examples at most."""
+    """How many micro-batches: as given, or as few as keep each at `microbatch_size` examples at most.
+
+    Raises:
+      ValueError: where that is more than there are examples (on one device, where data_axes splits each device's).
+    """
     n = num_microbatches if num_microbatches is not None else -(-batch_size // (microbatch_size or 1))
     if n > batch_size:
         raise ValueError(
-            f"expected at most as many micro-batches as examples; got {n} micro-batches for {batch_size} examples. "
-            "Lower num_microbatches, or give microbatch_size instead."
+            f"expected at most as many micro-batches as examples; got {n} micro-batches for {batch_size} examples on "
+            "each device. Lower num_microbatches, or raise microbatch_size."
         )
     return n
 

@@ -236,7 +236,7 @@ def _one_device(
     loss_fn: Callable[..., Any], options: _Options, layout: Layout, n: int, batch: PyTree, others: Call
 ) -> tuple[tuple[jax.Array, PyTree, PyTree, Info], PyTree]:
     """What `_whole_batch` returns, from one device's rows; the aux that leads with rows comes separately."""
-    stacks = split(batch, n)
+    stacks = split(batch, resolve_num_microbatches(_size(batch), n, None))
     loop_options = _loop_options(options, others.diff, [_size(stack, axis=1) for stack in stacks])
     diff, structure = jax.tree.flatten(others.diff)
     operands = Operands(diff, stacks, others.key, others.carry, consts=[], cotangents=None)
@@ -292,7 +292,9 @@ def _loop_options(options: _Options, diff: tuple[PyTree, ...], sizes: list[int])
             )
         reduction = "mean" if options.grad_reduction_fn is None else options.grad_reduction_fn(path, leaf)
         if reduction not in ("mean", "max"):
-            raise ValueError(f'expected grad_reduction_fn to return "mean" or "max"; got {reduction!r} for {name}.')
+            raise ValueError(
+                f'expected grad_reduction_fn to return "mean" or "max"; got {reduction!r} for {name}.'
+            )
         is_max.append(reduction == "max")
         own = leaf.dtype
         sum_dtypes.append(own if is_max[-1] else accumulator_dtype_of(options.accumulator_dtype, path, leaf))
@@ -418,9 +420,7 @@ def _finish(
         elif by_examples:  # the largest micro-batch weighed 1
             scale = max(loop_options.sizes)
         summed = [g for g, is_max in zip(grads, loop_options.is_max, strict=True) if not is_max]
-        noise = estimate_noise(
-            sums.num_weighted, sums.sq_norm_sum * scale, squared_norm(summed), info_weight
-        )
+        noise = estimate_noise(sums.num_weighted, sums.sq_norm_sum * scale, squared_norm(summed), info_weight)
     return value, reductions.finish(sums.aux), grads, Info(info_weight, sums.num_skipped, noise)
 
 

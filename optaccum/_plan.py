@@ -83,7 +83,7 @@ def plan_microbatches(
     answer rests on compiled programs alone, whatever the shape of the curve: it fits, and the program with
     the next fewer micro-batches does not. (Where memory falls as the micro-batch grows, a still larger size
     that was never compiled might fit as well.) Before saying that nothing fits, every size up to 8 is
-    compiled.
+    compiled, unless one example alone needs more than twice the limit.
 
     Args:
         make_step: from a number of micro-batches to the step: a function to be jitted, or one that `jax.jit`
@@ -114,7 +114,7 @@ def plan_microbatches(
         ...         return jax.lax.map(lambda x: jnp.sort(jnp.sin(x @ w)).sum(), micro_batches)
         ...     return step
         >>> w, x = jax.ShapeDtypeStruct((64, 4096), "float32"), jax.ShapeDtypeStruct((64, 64), "float32")
-        >>> plan = optaccum.plan_microbatches(make_step, (w, x), batch_size=64, memory_limit=2_000_000)
+        >>> plan = optaccum.plan_microbatches(make_step, (w, x), batch_size=64, memory_limit=1_500_000)
         >>> plan.num_microbatches, plan.microbatch_size
         (4, 16)
     """
@@ -147,8 +147,10 @@ def _next_size(sizes: Sequence[int], needs: dict[int, _Need], limit: int) -> int
         return _predicted_size(between, sizes[-1], needs, limit)
     if low:
         return None
-    # Nothing fits so far. Small sizes may need more than a size a little larger: look at all of them before
-    # giving up.
+    # Nothing fits so far. Below 8 a size may need somewhat more than the next larger: look at all of these,
+    # except where one example alone is far beyond the limit.
+    if needs[1].total > 2 * limit:
+        return None
     largest = next((size for size in sizes if size >= _AFFINE_FROM), sizes[-1])
     return max((size for size in sizes if size <= largest and size not in needs), default=None)
 

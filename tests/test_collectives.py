@@ -196,6 +196,7 @@ SUM = "%sum (x: f32[], y: f32[]) -> f32[] {\n  %x = f32[] parameter(0)\n  ROOT %
         ("%a = f32[8]{0} call(%p), to_apply=%loop", 1, 0),
         ("%a = f32[8]{0} fusion(%p), kind=kCustom, calls=%reduce", 0, 1),
         ("%a = f32[8]{0} conditional(%p, %p), branch_computations={%reduce, %twice, %plain}", 0, 3),
+        ("%a = f32[8]{0} conditional(%p, %p), branch_computations={%reduce, %reduce}", 0, 2),
         ("%a = f32[8]{0} conditional(%p), true_computation=%reduce, false_computation=%loop", 1, 1),
         ('%a = f32[8]{0} custom-call(%p), called_computations={%reduce}, custom_call_target="f"', 0, 1),
         (
@@ -219,7 +220,7 @@ SUM = "%sum (x: f32[], y: f32[]) -> f32[] {\n  %x = f32[] parameter(0)\n  ROOT %
         # Names that are not operations.
         ("%all-reduce.1 = f32[8]{0} add(%p, %p)\n%b = f32[8]{0} negate(%all-reduce.1)", 0, 0),
         ('%a = f32[8]{0} negate(%p), metadata={op_name="x = f32[8] all-reduce(y), calls=%reduce"}', 0, 0),
-        ('%a = f32[8]{0} negate(%p), metadata={op_name="\\" all-reduce(" source_file="a.py"}', 0, 0),
+        ('%a = f32[8]{0} negate(%p), metadata={op_name="\\", calls=%reduce, x=\\""}', 0, 0),
         ("%a = f32[8]{0} negate(%p), control-predecessors={%reduce}", 0, 0),
         ("%a = f32[8]{0} all-reduce-fusion(%p)", 0, 0),
         ("%a = (f32[8]{0}, u32[], token[]) send(%p, %t), channel_id=1", 0, 0),

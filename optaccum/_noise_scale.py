@@ -70,7 +70,7 @@ def squared_norm(tree: Any) -> jax.Array:
     for leaf in jax.tree.leaves(tree):
         for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
             wide = part.astype(jnp.promote_types(part.dtype, jnp.float32))
-            # A dot, for XLA would share squares with the optimizer (Adam has them), and so keep a copy of them.
+            # A dot: squares XLA would share with an optimizer that has them too (Adam), and so keep a copy.
             total = total + jnp.tensordot(wide, wide, axes=wide.ndim).astype(jnp.float32)
     return total
 

@@ -11,8 +11,8 @@ from jax import lax
 def cheaper(should_skip_update_fn: Any, skip_state: Any) -> Any:
     """`should_skip_update_fn`, or, for Optax's own check, one that answers the same in less time and memory.
 
-    XLA materialises the int32 mask that Optax sums: on CPU a second copy of the gradients, and eight times the
-    time (16 M float32 on 2 cores: 80 ms; this way 9 ms).
+    XLA materialises the int32 mask that Optax sums: on CPU a second copy of the gradients, and eight times
+    the time (16 M float32 on 2 cores: 80 ms; this way 9 ms).
     """
     if should_skip_update_fn is not optax.skip_not_finite:
         return should_skip_update_fn
@@ -32,20 +32,19 @@ def _skip_not_finite(updates: optax.Updates, gradient_step: Any, params: Any) ->
 def count_not_finite(x: jax.Array) -> jax.Array:
     """How many elements are infinite or NaN; shape=(), int32.
 
-    The test sits inside the reduction, whose second operand counts: what has been counted becomes a finite zero.
+    A pair (x, n) stands for n, and one more where x is not finite. Reducing such pairs keeps the test inside
+    the reduction, where XLA does not materialise its result.
     """
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         return jnp.zeros([], jnp.int32)
 
     def combine(a, b):
-        (value_a, count_a), (value_b, count_b) = a, b
-        count = count_a + count_b + _not_finite(value_a) + _not_finite(value_b)
-        return jnp.zeros_like(value_a), count
+        return jnp.zeros_like(a[0]), _count(*a) + _count(*b)
 
     operands = (lax.stop_gradient(x), jnp.zeros_like(x, dtype=jnp.int32))
     zeros = (jnp.zeros([], x.dtype), jnp.zeros([], jnp.int32))
-    return lax.reduce(operands, zeros, combine, tuple(range(x.ndim)))[1]
+    return _count(*lax.reduce(operands, zeros, combine, tuple(range(x.ndim))))
 
 
-def _not_finite(x: jax.Array) -> jax.Array:
-    return (~jnp.isfinite(x)).astype(jnp.int32)
+def _count(x: jax.Array, n: jax.Array) -> jax.Array:
+    return n + (~jnp.isfinite(x)).astype(jnp.int32)

@@ -33,8 +33,10 @@ def run_if(predicate: Any, fn: Callable[[Carry], Carry], carry: Carry) -> Carry:
     if not isinstance(predicate, jax.core.Tracer):
         return fn(carry) if predicate else carry
     leaves, treedef = jax.tree.flatten(carry)
-    closed = jax.make_jaxpr(lambda *leaves: treedef.flatten_up_to(fn(treedef.unflatten(leaves))))(*leaves)
-    leaves = [_vary_like(leaf, aval) for leaf, aval in zip(leaves, closed.out_avals, strict=True)]
+    trace = jax.make_jaxpr(lambda *leaves: treedef.flatten_up_to(fn(treedef.unflatten(leaves))))
+    closed = trace(*leaves)
+    while (varied := _vary_like(leaves, closed.out_avals)) is not leaves:
+        leaves, closed = varied, trace(*varied)
     return treedef.unflatten(_run_jaxpr_if(closed.jaxpr, predicate, leaves, closed.consts))
 
 
@@ -61,11 +63,16 @@ def _run_jaxpr_if(jaxpr: Any, predicate: Any, leaves: list[Any], consts: list[An
     return in_place(predicate, leaves, consts)
 
 
-def _vary_like(leaf: Any, aval: Any) -> Any:
-    """Inside `jax.shard_map`: `leaf`, varying over the mesh axes that the value replacing it varies over."""
-    wanted, own = (_varying_axes(x) for x in (aval, jax.typeof(leaf)))
-    missing = tuple(sorted(wanted - own))
-    return lax.pcast(leaf, missing, to="varying") if missing else leaf
+def _vary_like(leaves: list[Any], avals: Any) -> list[Any]:
+    """Inside `jax.shard_map`: `leaves`, varying over the mesh axes that the values replacing them vary over."""
+    pairs = list(zip(leaves, avals, strict=True))
+    missing = [tuple(sorted(_varying_axes(aval) - _varying_axes(jax.typeof(leaf)))) for leaf, aval in pairs]
+    if not any(missing):
+        return leaves
+    return [
+        lax.pcast(leaf, axes, to="varying") if axes else leaf
+        for leaf, axes in zip(leaves, missing, strict=True)
+    ]
 
 
 def _varying_axes(aval: Any) -> frozenset[str]:

@@ -137,7 +137,7 @@ def _skip(
 def _divide(options: Options, state: AccumulateState, emits: jax.Array) -> AccumulateState:
     """Where the window emits, its sums become means, in their own buffers.
 
-    Dividing what `inner` reads instead would cost a copy: XLA does not repeat a division in every reader.
+    Dividing what `inner` reads instead costs a copy: XLA does not repeat a division in every reader.
     """
     weight = jnp.where(emits, state.weight_sum, 1)
 

@@ -7,6 +7,7 @@ from optaccum._accumulate_state import (
     weight_total as weight_total,
 )
 from optaccum._apply_gradients import apply_gradients as apply_gradients, flush as flush
+from optaccum._chunked import chunked as chunked
 from optaccum._collectives import (
     CollectiveCounts as CollectiveCounts,
     count_collectives as count_collectives,

@@ -220,8 +220,25 @@ def wrap_bare(aux: PyTree, leaves: list[AuxLeaf], num_examples: int, mean_allowe
     return _map_wrappers(wrap, aux)
 
 
-def bare_leaves(aux: PyTree) -> list[tuple[str, Any]]:
-    """The path and value of each leaf of aux that no wrapper holds."""
+def describe_bare(call: Callable[[PyTree], PyTree], micro_batch: PyTree, aux: PyTree) -> list[AuxLeaf]:
+    """What is known of each leaf of aux that no wrapper holds, from an abstract call with twice the examples.
+
+    Args:
+      call: micro-batch -> aux; not called where wrappers hold everything.
+      micro_batch: one micro-batch.
+      aux: the structs of `call(micro_batch)`.
+    """
+    bare = _bare_leaves(aux)
+    if not bare:
+        return []
+    twice = jax.eval_shape(lambda batch: call(jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)), micro_batch)
+    return [
+        AuxLeaf(path, x.shape, doubled.shape, x.dtype)
+        for (path, x), (_, doubled) in zip(bare, _bare_leaves(twice), strict=True)
+    ]
+
+
+def _bare_leaves(aux: PyTree) -> list[tuple[str, Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(aux, is_leaf=_is_wrapper)
     return [(jax.tree_util.keystr(path), x) for path, x in leaves if not _is_wrapper(x)]
 
@@ -246,7 +263,9 @@ def _prepare(wrapper: Any) -> Any:
     if isinstance(wrapper, Max | Min):
         for x in jax.tree.leaves(wrapper):
             if jnp.issubdtype(x.dtype, jnp.complexfloating):
-                raise TypeError(f"expected a real array in {type(wrapper).__name__}; got one of dtype {x.dtype}.")
+                raise TypeError(
+                    f"expected a real array in {type(wrapper).__name__}; got one of dtype {x.dtype}."
+                )
     return wrapper
 
 
@@ -327,7 +346,9 @@ def loss_terms(loss: Any, mean_weight: float) -> Terms:
       mean_weight: what a plain scalar, a mean over the micro-batch's examples, weighs.
     """
     terms = Terms({}, {})
-    names: dict[Any, str] = {}  # of the weights seen so far: one that came as the same array is the same weight
+    names: dict[
+        Any, str
+    ] = {}  # of the weights seen so far: one that came as the same array is the same weight
     for path, term in _terms_by_path(loss).items():
         if isinstance(term, WeightedMean):
             total, weight = _real_scalar(term.total, f"{path}.total"), term.weight
@@ -350,7 +371,9 @@ def loss_value(loss: Any) -> jax.Array:
 
 def total_ratio(terms: Terms) -> jax.Array:
     """The sum of the terms, each over its own weight; shape=()."""
-    return functools.reduce(jnp.add, [ratio(terms.totals[name], terms.weights[name]) for name in terms.totals])
+    return functools.reduce(
+        jnp.add, [ratio(terms.totals[name], terms.weights[name]) for name in terms.totals]
+    )
 
 
 def _terms_by_path(loss: Any) -> dict[str, Any]:

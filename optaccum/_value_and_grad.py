@@ -316,17 +316,9 @@ def _trace(call_loss: Callable[..., Any], operands: Operands, stack: PyTree) -> 
     rest = (operands.key, jnp.int32(0), operands.carry)
     traced, consts = jax.closure_convert(call_loss, operands.diff, micro_batch, *rest)
     totals, (_, _, aux) = jax.eval_shape(traced, operands.diff, micro_batch, *rest, *consts)
-    bare = reductions.bare_leaves(aux)
-    if bare:
-
-        def call_doubled(diff, micro_batch, *rest):
-            return call_loss(diff, jax.tree.map(lambda x: jnp.concatenate([x, x]), micro_batch), *rest)
-
-        _, (_, _, doubled) = jax.eval_shape(call_doubled, operands.diff, micro_batch, *rest)
-        bare = [
-            reductions.AuxLeaf(path, x.shape, twice.shape, x.dtype)
-            for (path, x), (_, twice) in zip(bare, reductions.bare_leaves(doubled), strict=True)
-        ]
+    bare = reductions.describe_bare(
+        lambda batch: call_loss(operands.diff, batch, *rest)[1][2], micro_batch, aux
+    )
 
     def micro_fn(diff, micro_batch, key, index, carry, *consts):
         totals, (weights, carry, aux) = traced(diff, micro_batch, key, index, carry, *consts)

@@ -98,8 +98,7 @@ def check_layout(replicated: PyTree, batch_size: int, mesh: Any, axes: tuple[str
             continue
         concrete = not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding)
         spec = x.sharding.spec if concrete else jax.typeof(x).sharding.spec
-        used = {name for entry in spec if entry for name in (entry if isinstance(entry, tuple) else (entry,))}
-        if used & set(axes):
+        if set(axes) & {name for entry in spec for name in _names(entry)}:
             raise ValueError(
                 f"expected only the batch to be sharded over data_axes={axes}; got {spec} at "
                 f"{jax.tree_util.keystr(path)}. With parameters sharded over a data axis (FSDP), leave data_axes out."
@@ -110,25 +109,45 @@ def check_layout(replicated: PyTree, batch_size: int, mesh: Any, axes: tuple[str
 def over_devices(fn: Callable[..., Any], mesh: Any, axes: tuple[str, ...]) -> Callable[..., Any]:
     """`fn(batch, *replicated) -> (replicated, rows)`, each device with its own rows of the batch.
 
-    Outputs in the second place lead with rows, which come back in device order.
+    Outputs in the first place must be equal on all devices; those in the second lead with rows, which come back in
+    device order.
     """
     by_rows = PartitionSpec(axes)
 
     def mapped(batch, *replicated):
-        if any(kind == AxisType.Explicit for kind in mesh.axis_types):
-            batch = jax.tree.map(lambda x: _reshard_rows(x, mesh, axes), batch)
-        local = lambda batch, *replicated: fn(batch, *vary(replicated, axes))
         in_specs = (by_rows, *(PartitionSpec(),) * len(replicated))
+        # `check_vma` would type each array by whether it differs between devices. Then a gradient with respect to a
+        # parameter, the same everywhere, crosses devices where it arises, in the loop; and a loss function that was
+        # written for one device may fail to type (a loop that starts from zeros). Without it each device
+        # differentiates its own copy, and collectives in the loss transpose for the sum of all devices' losses.
         return jax.shard_map(
-            local, mesh=mesh, in_specs=in_specs, out_specs=(PartitionSpec(), by_rows), axis_names=set(axes)
-        )(batch, *replicated)
+            fn,
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=(PartitionSpec(), by_rows),
+            axis_names=set(axes),
+            check_vma=False,
+        )(jax.tree.map(lambda x: _shard_rows(x, mesh, axes), batch), *replicated)
 
     return mapped
 
 
-def _reshard_rows(x: jax.Array, mesh: Any, axes: tuple[str, ...]) -> jax.Array:
-    others = jax.typeof(x).sharding.spec[1:]
-    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(axes, *others)))
+def _shard_rows(x: jax.Array, mesh: Any, axes: tuple[str, ...]) -> jax.Array:
+    """An array whose type carries its sharding, with its rows over these axes first; others as they are."""
+    explicit = {
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    }
+    if not explicit & set(axes):
+        return x
+    spec = [*jax.typeof(x).sharding.spec, *(None,) * x.ndim][: x.ndim]
+    rows, *others = [tuple(name for name in _names(entry) if name not in axes) or None for entry in spec]
+    rows = (*(axis for axis in axes if axis in explicit), *(rows or ()))
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(rows, *others)))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def device_index(axes: tuple[str, ...]) -> jax.Array:

@@ -10,7 +10,7 @@ from jax import lax
 
 from optaccum import _reductions as reductions
 from optaccum._call import Call, Layout, Roles, as_indices, jit_call, join_call, split_call
-from optaccum._data_axes import average_carry, check_layout, device_index, find_mesh, over_devices, vary
+from optaccum._data_axes import average_carry, check_layout, device_index, find_mesh, over_devices
 from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of
 from optaccum._noise_scale import NoiseEstimates, estimate_noise, squared_norm
 from optaccum._scan import LoopOptions, MicroFn, Operands, Sums, in_place_form, run_loop, sum_weights
@@ -367,9 +367,9 @@ def _across(sums: Sums, loop_options: LoopOptions, axes: tuple[str, ...]) -> Sum
     """The sums of all devices; the gradients cross here, and nowhere else."""
     summed = [None if m else g for g, m in zip(sums.grads, loop_options.is_max, strict=True)]
     counts = (sums.num_examples, sums.num_skipped, sums.num_weighted, sums.sq_norm_sum)
-    summed, terms, counts = lax.psum(vary((summed, sums.terms, counts), axes), axes)
+    summed, terms, counts = lax.psum((summed, sums.terms, counts), axes)
     grads = [
-        lax.pmax(vary(own, axes), axes) if total is None else total
+        lax.pmax(own, axes) if total is None else total
         for own, total in zip(sums.grads, summed, strict=True)
     ]
     num_examples, num_skipped, num_weighted, sq_norm_sum = counts
@@ -377,8 +377,8 @@ def _across(sums: Sums, loop_options: LoopOptions, axes: tuple[str, ...]) -> Sum
         grads=grads,
         terms=terms,
         num_examples=num_examples,
-        aux=reductions.across(vary(sums.aux, axes), axes),
-        carry=average_carry(vary(sums.carry, axes), axes),
+        aux=reductions.across(sums.aux, axes),
+        carry=average_carry(sums.carry, axes),
         num_skipped=num_skipped,
         num_weighted=num_weighted,
         sq_norm_sum=sq_norm_sum,

@@ -64,7 +64,7 @@ def _run_jaxpr_if(jaxpr: Any, predicate: Any, leaves: list[Any], consts: list[An
 
 
 def _vary_like(leaves: list[Any], avals: Any) -> list[Any]:
-    """Inside `jax.shard_map`: `leaves`, varying over the mesh axes that the values replacing them vary over."""
+    """Inside `jax.shard_map`: `leaves`, varying over the mesh axes that what replaces them varies over."""
     pairs = list(zip(leaves, avals, strict=True))
     missing = [tuple(sorted(_varying_axes(aval) - _varying_axes(jax.typeof(leaf)))) for leaf, aval in pairs]
     if not any(missing):

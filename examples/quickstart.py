@@ -74,7 +74,7 @@ class Result(NamedTuple):
 
 
 class Conv3x3(nn.Module):
-    """A convolution as one matrix product: on CPU, nn.Conv trains 20 times slower inside any loop.
+    """A convolution as one matrix product: on CPU, nn.Conv trains ten times slower inside any loop.
 
     The gradients of XLA's convolution are the slow ones: https://github.com/jax-ml/jax/issues/12868
     """

@@ -1,5 +1,7 @@
-"""One cross-device reduction per window: the micro-batch loop under `jax.shard_map` over the data axes alone."""
+"""One cross-device reduction per window: the micro-batch loop under `jax.shard_map` over the data axes."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,8 +22,8 @@ def varying_axes(x: Any) -> frozenset[str]:
 def vary(tree: PyTree, axes: Sequence[str] | frozenset[str]) -> PyTree:
     """Types arrays inside `shard_map` as differing from device to device along these mesh axes.
 
-    A gradient with respect to an argument that is typed as the same everywhere is summed over the devices where it
-    arises, which is in the loop; with respect to a varying one it stays local.
+    For a loop within someone's own `shard_map`: its sums start from zeros, which differ nowhere, and must be
+    typed as what is added to them.
     """
 
     def cast(x):
@@ -59,8 +61,10 @@ def find_mesh(args: PyTree, axes: tuple[str, ...]) -> Any:
     """The mesh that has all these axes: that of the arguments, else the one that `jax.set_mesh` set.
 
     Raises:
-      ValueError: where there is none, or it lacks an axis.
+      ValueError: where there is none, it lacks an axis, or an axis is manual already.
     """
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"expected data_axes to name each mesh axis once; got {axes}.")
     meshes = []
     for x in jax.tree.leaves(args):
         if isinstance(x, jax.Array):
@@ -72,7 +76,7 @@ def find_mesh(args: PyTree, axes: tuple[str, ...]) -> Any:
     meshes = [mesh for mesh in meshes if not mesh.empty]
     for mesh in meshes:
         if set(axes) <= set(mesh.axis_names):
-            return mesh
+            return _check_not_manual(mesh, axes)
     found = ", ".join(str(mesh.axis_names) for mesh in dict.fromkeys(meshes)) or "no mesh"
     raise ValueError(
         f"expected a mesh with the axes data_axes={axes}; found {found}. Place the batch on a mesh with "
@@ -80,18 +84,29 @@ def find_mesh(args: PyTree, axes: tuple[str, ...]) -> Any:
     )
 
 
+def _check_not_manual(mesh: Any, axes: tuple[str, ...]) -> Any:
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    manual = tuple(axis for axis in axes if kinds[axis] == AxisType.Manual)
+    if manual:
+        raise ValueError(
+            f"expected a call from outside any jax.shard_map over data_axes={axes}; {manual} are manual axes "
+            "here: each device has its own rows already. Leave data_axes out, and average with jax.lax.pmean."
+        )
+    return mesh
+
+
 def check_layout(replicated: PyTree, batch_size: int, mesh: Any, axes: tuple[str, ...]) -> int:
     """The number of devices along the data axes.
 
     Raises:
-      ValueError: where the rows do not divide over them, or an argument other than the batch is seen to be sharded
-        over one of them.
+      ValueError: where the rows do not divide over them, or an argument other than the batch is seen to be
+        sharded over one of them.
     """
     num_devices = math.prod(mesh.shape[axis] for axis in axes)
     if batch_size % num_devices:
         raise ValueError(
-            f"expected the batch to divide over the {num_devices} devices along data_axes={axes}; got {batch_size} "
-            "rows. Pad the batch with rows of weight 0, or drop data_axes."
+            f"expected the batch to divide over the {num_devices} devices along data_axes={axes}; got "
+            f"{batch_size} rows. Pad the batch with rows of weight 0, or leave data_axes out."
         )
     for path, x in jax.tree_util.tree_leaves_with_path(replicated):
         if not isinstance(x, jax.Array):
@@ -101,7 +116,8 @@ def check_layout(replicated: PyTree, batch_size: int, mesh: Any, axes: tuple[str
         if set(axes) & {name for entry in spec for name in _names(entry)}:
             raise ValueError(
                 f"expected only the batch to be sharded over data_axes={axes}; got {spec} at "
-                f"{jax.tree_util.keystr(path)}. With parameters sharded over a data axis (FSDP), leave data_axes out."
+                f"{jax.tree_util.keystr(path)}. With parameters sharded over a data axis (FSDP), leave "
+                "data_axes out."
             )
     return num_devices
 
@@ -109,17 +125,17 @@ def check_layout(replicated: PyTree, batch_size: int, mesh: Any, axes: tuple[str
 def over_devices(fn: Callable[..., Any], mesh: Any, axes: tuple[str, ...]) -> Callable[..., Any]:
     """`fn(batch, *replicated) -> (replicated, rows)`, each device with its own rows of the batch.
 
-    Outputs in the first place must be equal on all devices; those in the second lead with rows, which come back in
-    device order.
+    Outputs in the first place must be equal on all devices; those in the second lead with rows, which come
+    back in device order.
     """
     by_rows = PartitionSpec(axes)
 
     def mapped(batch, *replicated):
         in_specs = (by_rows, *(PartitionSpec(),) * len(replicated))
-        # `check_vma` would type each array by whether it differs between devices. Then a gradient with respect to a
-        # parameter, the same everywhere, crosses devices where it arises, in the loop; and a loss function that was
+        # `check_vma` would type each array by whether it differs between devices. Then a gradient with
+        # respect to a parameter, the same everywhere, crosses devices where it arises, in the loop; and a loss
         # written for one device may fail to type (a loop that starts from zeros). Without it each device
-        # differentiates its own copy, and collectives in the loss transpose for the sum of all devices' losses.
+        # differentiates its own copy, and collectives in the loss transpose for the sum of all losses.
         return jax.shard_map(
             fn,
             mesh=mesh,
@@ -155,20 +171,69 @@ def device_index(axes: tuple[str, ...]) -> jax.Array:
     return lax.axis_index(axes)
 
 
+def is_last_device(axes: tuple[str, ...], counts: jax.Array | None) -> jax.Array:
+    """Whether this device is the last along the data axes, of those where `counts` holds; shape=(), bool."""
+    index = device_index(axes)
+    last = lax.axis_size(axes) - 1 if counts is None else lax.pmax(jnp.where(counts, index, -1), axes)
+    return index == last
+
+
+def from_device(x: jax.Array, axes: tuple[str, ...], is_source: jax.Array) -> jax.Array:
+    """The array of the one device where `is_source` holds, on all."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        key_data = from_device(jax.random.key_data(x), axes, is_source)
+        return jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(x))
+    as_number = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
+    return lax.psum(jnp.where(is_source, as_number, jnp.zeros_like(as_number)), axes).astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def extreme(x: jax.Array, axes: tuple[str, ...], reduce: Callable[..., jax.Array]) -> jax.Array:
+    """`lax.pmax` or `lax.pmin`, made to take bools, to keep NaN, and to have a derivative (ties share it)."""
+    if x.dtype == jnp.bool_:
+        return reduce(x.astype(jnp.int32), axes).astype(x.dtype)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return reduce(x, axes)
+    # An all-reduce's maximum of NaN and a number may be the number (as on CPUs).
+    has_nan = jnp.isnan(x).astype(x.dtype)
+    out, nan = reduce(jnp.stack([x, has_nan if reduce is lax.pmax else -has_nan]), axes)
+    return jnp.where(nan != 0, jnp.nan, out)
+
+
+@extreme.defjvp
+def _extreme_jvp(axes, reduce, primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    out = extreme(x, axes, reduce)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return out, tangent
+    is_out = x == out
+    return out, lax.psum(jnp.where(is_out, tangent, 0), axes) / lax.psum(is_out.astype(x.dtype), axes)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Replicated:
+    """A part of a carry that every device computes alike, such as the counts of random draws."""
+
+    value: Any
+
+
 def average_carry(carry: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """A carry's mean over the devices.
+    """A carry's mean over the devices; what is Replicated stays as it is.
 
     Raises:
       TypeError: for a leaf that is not floating, of which there is no mean.
     """
 
     def average(path, x):
+        if isinstance(x, Replicated):
+            return x
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             raise TypeError(
-                f"expected a floating carry{jax.tree_util.keystr(path)} to average over data_axes={axes}; got dtype "
-                f"{x.dtype}. Keep it out of the carry, or return it in aux, wrapped in optaccum.Last or optaccum.Sum."
+                f"expected a floating carry{jax.tree_util.keystr(path)} to average over data_axes={axes}; "
+                f"got dtype {x.dtype}. Return it in aux instead, wrapped in optaccum.Last or optaccum.Sum."
             )
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return lax.pmean(wide, axes).astype(x.dtype)
 
-    return jax.tree_util.tree_map_with_path(average, carry)
+    return jax.tree_util.tree_map_with_path(average, carry, is_leaf=lambda x: isinstance(x, Replicated))

@@ -133,7 +133,7 @@ def over_devices(fn: Callable[..., Any], mesh: Any, axes: tuple[str, ...]) -> Ca
     def mapped(batch, *replicated):
         in_specs = (by_rows, *(PartitionSpec(),) * len(replicated))
         # `check_vma` would type each array by whether it differs between devices. Then a gradient with
-        # respect to a parameter, the same everywhere, crosses devices where it arises, in the loop; and a loss
+        # respect to a parameter, the same everywhere, crosses devices where it arises, in the loop; a loss
         # written for one device may fail to type (a loop that starts from zeros). Without it each device
         # differentiates its own copy, and collectives in the loss transpose for the sum of all losses.
         return jax.shard_map(

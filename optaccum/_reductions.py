@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optaccum._data_axes import extreme, from_device
 from optaccum._split import join
 
 PyTree = Any
@@ -124,7 +125,8 @@ class _Reduction(NamedTuple):
 
     start: Callable[[jax.Array], jax.Array]  # an array like the first value -> the value before any
     add: Callable[[jax.Array, jax.Array], jax.Array]
-    across: Callable[[jax.Array, tuple[str, ...]], jax.Array]  # over the devices of these mesh axes
+    # over the devices of these mesh axes, of which the last with a micro-batch knows itself
+    across: Callable[[jax.Array, tuple[str, ...], jax.Array], jax.Array]
 
 
 def lowest(x: jax.Array) -> jax.Array:
@@ -140,27 +142,26 @@ def _highest(x: jax.Array) -> jax.Array:
     return jnp.full_like(x, jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).max)
 
 
-def _extreme_across(reduce: Callable[..., jax.Array]) -> Callable[[jax.Array, tuple[str, ...]], jax.Array]:
-    def across(x, axes):
-        return reduce(x.astype(jnp.int32), axes).astype(x.dtype) if x.dtype == jnp.bool_ else reduce(x, axes)
-
-    return across
+def _sum_across(x: jax.Array, axes: tuple[str, ...], _: jax.Array) -> jax.Array:
+    return lax.psum(x, axes)
 
 
-def _last_across(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    is_last = lax.axis_index(axes) == lax.axis_size(axes) - 1
-    as_number = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
-    return lax.psum(jnp.where(is_last, as_number, jnp.zeros_like(as_number)), axes).astype(x.dtype)
+def _max_across(x: jax.Array, axes: tuple[str, ...], _: jax.Array) -> jax.Array:
+    return extreme(x, axes, lax.pmax)
 
 
-_SUM = _Reduction(jnp.zeros_like, jnp.add, lax.psum)
+def _min_across(x: jax.Array, axes: tuple[str, ...], _: jax.Array) -> jax.Array:
+    return extreme(x, axes, lax.pmin)
+
+
+_SUM = _Reduction(jnp.zeros_like, jnp.add, _sum_across)
 _REDUCTIONS: dict[type, _Reduction] = {
     WeightedMean: _SUM,
     _Mean: _SUM,
     Sum: _SUM,
-    Max: _Reduction(lowest, jnp.maximum, _extreme_across(lax.pmax)),
-    Min: _Reduction(_highest, jnp.minimum, _extreme_across(lax.pmin)),
-    Last: _Reduction(jnp.zeros_like, lambda _, x: x, _last_across),
+    Max: _Reduction(lowest, jnp.maximum, _max_across),
+    Min: _Reduction(_highest, jnp.minimum, _min_across),
+    Last: _Reduction(jnp.zeros_like, lambda _, x: x, from_device),
 }
 
 
@@ -231,7 +232,9 @@ def describe_bare(call: Callable[[PyTree], PyTree], micro_batch: PyTree, aux: Py
     bare = _bare_leaves(aux)
     if not bare:
         return []
-    twice = jax.eval_shape(lambda batch: call(jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)), micro_batch)
+    twice = jax.eval_shape(
+        lambda batch: call(jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)), micro_batch
+    )
     return [
         AuxLeaf(path, x.shape, doubled.shape, x.dtype)
         for (path, x), (_, doubled) in zip(bare, _bare_leaves(twice), strict=True)
@@ -286,9 +289,11 @@ def add(acc: PyTree, x: PyTree) -> PyTree:
     return _map_wrappers(lambda a, b: jax.tree.map(_REDUCTIONS[type(a)].add, a, b), acc, x)
 
 
-def across(acc: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """The reduced aux of all devices along these mesh axes."""
-    return _map_wrappers(lambda a: jax.tree.map(lambda x: _REDUCTIONS[type(a)].across(x, axes), a), acc)
+def across(acc: PyTree, axes: tuple[str, ...], is_last: jax.Array) -> PyTree:
+    """The reduced aux of all devices along these mesh axes; `is_last` on the one whose `Last` is kept."""
+    return _map_wrappers(
+        lambda a: jax.tree.map(lambda x: _REDUCTIONS[type(a)].across(x, axes, is_last), a), acc
+    )
 
 
 def finish(acc: PyTree) -> PyTree:

@@ -10,7 +10,15 @@ from jax import lax
 
 from optaccum import _reductions as reductions
 from optaccum._call import Call, Layout, Roles, as_indices, jit_call, join_call, split_call
-from optaccum._data_axes import average_carry, check_layout, device_index, find_mesh, over_devices
+from optaccum._data_axes import (
+    average_carry,
+    check_layout,
+    device_index,
+    extreme,
+    find_mesh,
+    is_last_device,
+    over_devices,
+)
 from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of
 from optaccum._noise_scale import NoiseEstimates, estimate_noise, squared_norm
 from optaccum._scan import LoopOptions, MicroFn, Operands, Sums, in_place_form, run_loop, sum_weights
@@ -366,21 +374,24 @@ def _term_names(micro_fn: MicroFn, operands: Operands) -> list[str]:
 def _across(sums: Sums, loop_options: LoopOptions, axes: tuple[str, ...]) -> Sums:
     """The sums of all devices; the gradients cross here, and nowhere else."""
     summed = [None if m else g for g, m in zip(sums.grads, loop_options.is_max, strict=True)]
-    counts = (sums.num_examples, sums.num_skipped, sums.num_weighted, sums.sq_norm_sum)
-    summed, terms, counts = lax.psum((summed, sums.terms, counts), axes)
+    # Counts go as float32, for arrays of one dtype cross together.
+    totals = (sums.num_examples, sums.num_skipped, sums.num_weighted, sums.sq_norm_sum)
+    totals = [x.astype(jnp.float32) for x in totals]
+    summed, terms, totals = lax.psum((summed, sums.terms, totals), axes)
+    counts = sums.num_examples != 0 if loop_options.skip_nonfinite else None
     grads = [
-        lax.pmax(own, axes) if total is None else total
+        extreme(own, axes, lax.pmax) if total is None else total
         for own, total in zip(sums.grads, summed, strict=True)
     ]
-    num_examples, num_skipped, num_weighted, sq_norm_sum = counts
+    num_examples, num_skipped, num_weighted, sq_norm_sum = totals
     return Sums(
         grads=grads,
         terms=terms,
         num_examples=num_examples,
-        aux=reductions.across(sums.aux, axes),
+        aux=reductions.across(sums.aux, axes, is_last_device(axes, counts)),
         carry=average_carry(sums.carry, axes),
-        num_skipped=num_skipped,
-        num_weighted=num_weighted,
+        num_skipped=num_skipped.astype(jnp.int32),
+        num_weighted=num_weighted.astype(jnp.int32),
         sq_norm_sum=sq_norm_sum,
     )
 

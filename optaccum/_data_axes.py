@@ -48,10 +48,7 @@ def zeros_of(structs: PyTree) -> PyTree:
 
     def zeros(s):
         if jnp.issubdtype(s.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(
-                jnp.zeros(jax.eval_shape(jax.random.key_data, s).shape, jnp.uint32),
-                impl=jax.random.key_impl(s),
-            )
+            return jnp.zeros_like(s)
         return jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding)
 
     return vary_like(jax.tree.map(zeros, structs), structs)

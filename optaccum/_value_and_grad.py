@@ -21,6 +21,7 @@ from optaccum._data_axes import (
 )
 from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of
 from optaccum._noise_scale import NoiseEstimates, estimate_noise, squared_norm
+from optaccum._run_if import run_if
 from optaccum._scan import LoopOptions, MicroFn, Operands, Sums, in_place_form, run_loop, sum_weights
 from optaccum._split import batch_size_of, check_split_options, resolve_num_microbatches, split
 
@@ -404,6 +405,9 @@ def _finish(
     weight = jnp.float32(1) if several else sums.terms.weights[name]
     none_left = sums.num_examples == 0  # every micro-batch was dropped
 
+    def divide(grads):
+        return [mean(*leaf) for leaf in zip(grads, loop_options.is_max, strict=True)]
+
     def mean(grad, is_max):
         if is_max:
             return jnp.where(none_left, jnp.zeros_like(grad), grad)
@@ -411,7 +415,11 @@ def _finish(
         quotient = grad.astype(wide) / jnp.where(weight != 0, weight, 1).astype(wide)
         return jnp.where(weight != 0, quotient.astype(grad.dtype), jnp.zeros_like(grad))
 
-    grads = [mean(*leaf) for leaf in zip(sums.grads, loop_options.is_max, strict=True)]
+    grads = sums.grads
+    if not several:  # otherwise the cotangents were divided
+        # Left to itself XLA writes some of the quotients to new buffers. A loop works in place, if the compiler
+        # cannot see that it takes one trip.
+        grads = run_if(lax.optimization_barrier(jnp.bool_(True)), divide, grads)
     value = jnp.where(none_left, jnp.nan, reductions.total_ratio(sums.terms))
     by_examples = bool(several) or name == reductions.EXAMPLES
     info_weight = (sums.num_examples if by_examples else weight).astype(jnp.float32)

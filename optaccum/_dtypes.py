@@ -49,8 +49,17 @@ def accumulator_dtype_of(accumulator_dtype: AccumulatorDType, path: tuple[Any, .
         return own
     dtype = jax.dtypes.canonicalize_dtype(cast(DTypeLike, accumulator_dtype))
     if jnp.issubdtype(own, jnp.complexfloating):
-        return jnp.promote_types(own, dtype)
+        return np.promote_types(own, at_least_float32(dtype))
     return own if own == jnp.float64 else dtype
+
+
+def at_least_float32(dtype: Any) -> jnp.dtype:
+    """The dtype to add, multiply and divide in: float32, or what is wider; complex stays complex.
+
+    (`jnp.promote_types` refuses to mix dtypes under `jax_numpy_dtype_promotion="strict"`.)
+    """
+    is_wide = jnp.issubdtype(dtype, jnp.complexfloating) or dtype == jnp.float64
+    return jnp.dtype(dtype if is_wide else jnp.float32)
 
 
 def _is_function(accumulator_dtype: Any) -> bool:

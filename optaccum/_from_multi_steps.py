@@ -10,7 +10,7 @@ from jax import lax
 
 from optaccum._accumulate import options_of
 from optaccum._accumulate_state import AccumulateState, add_to_total
-from optaccum._dtypes import accumulator_dtype_of
+from optaccum._dtypes import accumulator_dtype_of, at_least_float32
 from optaccum._noise_scale import init_noise_state
 from optaccum._schedule import micro_steps_in_window
 from optaccum._window import Options
@@ -64,7 +64,7 @@ def from_multi_steps(tx: optax.GradientTransformation, state: optax.MultiStepsSt
 
     def grad_sum(path, total):
         dtype = accumulator_dtype_of(options.accumulator_dtype, path, total)
-        wide = total.astype(jnp.promote_types(dtype, jnp.float32))
+        wide = total.astype(at_least_float32(dtype))
         return (wide * weight_sum.astype(wide.dtype) if options.use_grad_mean else wide).astype(dtype)
 
     noise_state = ()

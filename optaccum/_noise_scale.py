@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optaccum._dtypes import at_least_float32
+
 _DECAY = 0.99  # of the moving averages: they look back over about a hundred windows
 
 
@@ -69,7 +71,7 @@ def squared_norm(tree: Any) -> jax.Array:
     total = jnp.zeros([], jnp.float32)
     for leaf in jax.tree.leaves(tree):
         for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
-            wide = part.astype(jnp.promote_types(part.dtype, jnp.float32))
+            wide = part.astype(at_least_float32(part.dtype))
             # A dot: squares XLA would share with an optimizer that has them too (Adam), and so keep a copy.
             total = total + jnp.tensordot(wide, wide, axes=wide.ndim).astype(jnp.float32)
     return total

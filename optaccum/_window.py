@@ -15,7 +15,7 @@ from jax import lax
 
 from optaccum._accumulate_state import AccumulateState, add_to_total
 from optaccum._avals import keep_avals
-from optaccum._dtypes import AccumulatorDType
+from optaccum._dtypes import AccumulatorDType, at_least_float32
 from optaccum._micro_step import MicroStep
 from optaccum._noise_scale import NoiseScaleState, average_in, estimate_noise, squared_norm
 from optaccum._non_finite import cheaper
@@ -49,7 +49,7 @@ def enter(
         return unless_skipped(jnp.where(first, term, total + term), total)
 
     def add_gradient(total, grad):
-        wide = jnp.promote_types(total.dtype, jnp.float32)
+        wide = at_least_float32(total.dtype)
         term = grad.astype(wide) * step.weight.astype(wide) if step.scale else grad.astype(wide)
         return unless_skipped(jnp.where(first, term, total.astype(wide) + term).astype(total.dtype), total)
 
@@ -142,7 +142,7 @@ def _divide(options: Options, state: AccumulateState, emits: jax.Array) -> Accum
     weight = jnp.where(emits, state.weight_sum, 1)
 
     def divide(total):
-        wide = total.astype(jnp.promote_types(total.dtype, jnp.float32))
+        wide = total.astype(at_least_float32(total.dtype))
         divisor = weight.astype(jnp.finfo(wide.dtype).dtype)
         if jnp.iscomplexobj(total):
             return lax.complex(total.real / divisor, total.imag / divisor)

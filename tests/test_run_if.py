@@ -148,6 +148,15 @@ def test_a_different_structure_raises():
         jax.jit(lambda p, x: run_if(p, lambda c: (c[0],), (x, x)))(jnp.array(True), X)
 
 
+def test_no_tracer_outlives_its_trace():
+    with jax.checking_leaks():
+        jax.jit(scaled)(jnp.array(True), X, 2.0, 3)
+        jax.jit(jax.grad(scaled_sum, 2))(jnp.array(True), X, 2.0, 3)
+        leaked = []
+        with pytest.raises(Exception, match=r"[Ll]eaked trace"):
+            jax.jit(lambda x: leaked.append(x))(X)
+
+
 def test_disable_jit_takes_the_same_branches():
     with jax.disable_jit():
         assert_trees_close(scaled(jnp.array(True), X, 2.0, 3)["x"], np.sin(X) * 2 + 3)

@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test check format bench clean FORCE
+.PHONY: help quickstart test check format bench docs figures dist clean FORCE
 
 help: ## Say what can be made
 	@echo "usage: make TARGET [PYTHON=python3] [VENV=.venv] [WORKERS=2]"
@@ -33,8 +33,20 @@ format: $(VENV)/.installed-dev ## Format, and fix what lint can fix
 bench: $(VENV)/.installed-bench ## Measure against the peers
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+docs: $(VENV)/.installed-docs ## Build the documentation into site/, strictly and without the network
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	@echo "The documentation: site/index.html"
+
+figures: $(VENV)/.installed-bench ## Draw the documentation's figures anew
+	@$(BIN)/python docs/figures/draw.py $(ARGS)
+
+dist: $(VENV)/.installed-dist ## Build a wheel and a source release into dist/, and check them
+	@rm -rf dist
+	@$(BIN)/python -m build --outdir dist
+	@$(BIN)/python -m twine check --strict dist/*
+
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) figures build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) figures site build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made anew when PYTHON is another version, and an extra is installed again when pyproject.toml changes.

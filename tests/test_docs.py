@@ -26,7 +26,7 @@ def _docstrings() -> list[doctest.DocTest]:
 
 def _run(test: doctest.DocTest) -> None:
     output: list[str] = []
-    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=output.append)
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=output.append, clear_globs=False)
     assert not output, "".join(output)
 
 
@@ -44,7 +44,8 @@ def _run_page(text: str, filename: str) -> int:
         indent = block["indent"]
         code = re.sub(f"^{indent}", "", block["code"], flags=re.MULTILINE)
         if ">>>" in code:
-            parsed = doctest.DocTestParser().get_doctest(code, namespace, filename, filename, first_line)
+            parsed = doctest.DocTestParser().get_doctest(code, {}, filename, filename, first_line)
+            parsed.globs = namespace  # itself, for the blocks that follow; given above, it is copied
             _run(parsed)
         else:
             exec(compile("\n" * first_line + code, filename, "exec"), namespace)

@@ -1,0 +1,40 @@
+"""A mkdocs hook: formulas become MathML, which browsers draw without a script, a font or the network.
+
+Pages and docstrings may write a formula as `$$ ... $$` or within a line as `$ ... $` (as git hosts do),
+or as Sphinx does, in a `.. math::` block and :math:`...`. Sphinx's roles for names become code.
+"""
+
+import re
+
+from latex2mathml.converter import convert
+from markdown import Extension, Markdown
+from markdown.preprocessors import Preprocessor
+
+_DISPLAY = re.compile(r"\$\$(?P<dollars>.+?)\$\$", re.DOTALL)
+_BLOCK = re.compile(r"^\.\. math::(?P<block>.*(?:\n(?: +.*| *(?=\n +)))*)", re.MULTILINE)
+_INLINE = (re.compile(r":math:`([^`]+)`"), re.compile(r"(?<![\w$])\$(?![\s(])([^$\n`]+?)(?<!\s)\$(?![\w$])"))
+_ROLE = re.compile(r":(?:class|func|meth|attr):`~?([^`]+)`")
+
+
+class _Formulas(Preprocessor):
+    def run(self, lines: list[str]) -> list[str]:
+        text = "\n".join(lines)
+        for pattern in (_BLOCK, _DISPLAY):
+            text = pattern.sub(lambda match: f"\n\n{self._stash(match[1], 'block')}\n\n", text)
+        for pattern in _INLINE:
+            text = pattern.sub(lambda match: self._stash(match[1], "inline"), text)
+        return _ROLE.sub(r"`\1`", text).split("\n")
+
+    def _stash(self, latex: str, display: str) -> str:
+        return self.md.htmlStash.store(convert(" ".join(latex.split()), display=display))
+
+
+class _FormulasExtension(Extension):
+    def extendMarkdown(self, md: Markdown) -> None:
+        md.preprocessors.register(_Formulas(md), "formulas", priority=24)  # fenced code is stashed at 25
+
+
+def on_config(config):
+    """Adds the extension for pages and docstrings alike."""
+    config.markdown_extensions.append(_FormulasExtension())
+    return config

@@ -24,7 +24,7 @@ from optaccum._reductions import (
     WeightedMean as WeightedMean,
 )
 from optaccum._schedule import by_weight as by_weight
-from optaccum._value_and_grad import Info as Info, grad as grad, value_and_grad as value_and_grad
+from optaccum._value_and_grad import grad as grad, value_and_grad as value_and_grad
 from optaccum._verify import VerifyReport as VerifyReport, verify as verify
 
 __version__ = "0.1.0"

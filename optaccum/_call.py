@@ -64,7 +64,9 @@ def split_call(roles: Roles, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         carry=() if roles.carry is None else args[roles.carry],
         rest=[leaf for leaf in leaves if _is_array(leaf)],
     )
-    call = call._replace(**jax.tree.map(jnp.asarray, {"diff": call.diff, "batch": call.batch, "key": call.key}))
+    call = call._replace(
+        **jax.tree.map(jnp.asarray, {"diff": call.diff, "batch": call.batch, "key": call.key})
+    )
     call = call._replace(carry=jax.tree.map(_strongly_typed, call.carry))
     # 1, 1.0 and True are equal and hash alike; a program traced for one is not right for the others.
     static = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
@@ -93,7 +95,9 @@ def jit_call(fn: Callable[..., Any]) -> Callable[..., Any]:
     def call_fn(layout, static, call):
         try:
             hash((layout, static))
-        except TypeError:  # an argument that is neither an array nor hashable: nothing to look a program up by
+        except (
+            TypeError
+        ):  # an argument that is neither an array nor hashable: nothing to look a program up by
             return fn(layout, static, call)
         return jitted(layout, static, call)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaccum import _reductions as reductions
+from optaccum._bare_aux import describe_bare, wrap_bare
 from optaccum._call import Roles, as_indices, join_call, split_call
 from optaccum._data_axes import zeros_of
 from optaccum._split import batch_size_of, check_split_options, resolve_num_microbatches, split
@@ -85,13 +86,13 @@ def _map_stacks(call_fn: Callable[[PyTree, jax.Array], PyTree], stacks: list[PyT
     for stack in stacks:
         micro_batch = jax.tree.map(lambda x: x[0], stack)
         call_first = functools.partial(call_fn, index=jnp.int32(0))
-        bare = reductions.describe_bare(call_first, micro_batch, jax.eval_shape(call_first, micro_batch))
+        bare = describe_bare(call_first, micro_batch, jax.eval_shape(call_first, micro_batch))
 
         # Inside a scan nothing can be merged across the recomputation: no need to prevent it.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def wrapped(xs, bare=bare):
             index, micro_batch = xs
-            return reductions.divide_aux(reductions.wrap_bare(call_fn(micro_batch, index), bare, 0, False))
+            return reductions.divide_aux(wrap_bare(call_fn(micro_batch, index), bare, False))
 
         def step(acc, xs, wrapped=wrapped):
             new, rows = wrapped(xs)

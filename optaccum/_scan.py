@@ -15,12 +15,12 @@ from jax import lax
 
 from optaccum import _reductions as reductions
 from optaccum._data_axes import vary, vary_like, varying_axes, zeros_of
+from optaccum._loss import Terms
+from optaccum._micro_loss import MicroLoss, Scalars
 from optaccum._noise_scale import squared_norm
-from optaccum._reductions import Terms
+from optaccum._two_forms import run_as
 
 PyTree = Any
-Scalars = dict[str, jax.Array]
-MicroFn = Callable[..., tuple[Scalars, tuple[Scalars, PyTree, PyTree]]]
 
 
 class Operands(NamedTuple):
@@ -30,7 +30,7 @@ class Operands(NamedTuple):
     stacks: list[PyTree]  # one or two stacks of equal micro-batches, leaves of shape (count, size, ...)
     key: PyTree
     carry: PyTree
-    consts: list[Any]  # per stack: what its micro_fn closes over
+    consts: list[Any]  # per stack: what its loss closes over
     cotangents: Scalars | None  # of the terms' totals; None: one
 
 
@@ -50,7 +50,6 @@ class Sums(NamedTuple):
 class LoopOptions(NamedTuple):
     """What shapes the loop, all static."""
 
-    sizes: tuple[int, ...]  # of each stack's micro-batches
     sum_dtypes: tuple[Any, ...]  # of each gradient leaf
     is_max: tuple[bool, ...]  # leaves that are not summed: their maximum is kept
     skip_nonfinite: bool
@@ -59,84 +58,66 @@ class LoopOptions(NamedTuple):
 
 
 def run_loop(
-    micro_fns: Sequence[MicroFn], options: LoopOptions, operands: Operands, in_place: bool
+    losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands, in_place: bool
 ) -> tuple[Sums, list[PyTree]]:
-    """Sums over all micro-batches, and the stacked auxiliary outputs of each scan.
-
-    Args:
-      micro_fns: one for each stack: (diff, micro-batch, key, index, carry, *consts) ->
-        (totals, (weights, carry, aux)), the loss's terms and the wrapped auxiliary outputs.
-      options: see there.
-      operands: see there.
-      in_place: which of the two forms.
-    """
-    carry_form = functools.partial(_carry_form, micro_fns, options)
-    if not in_place:
-        return carry_form(operands)
-    # Differentiating through references inside an outer scan gives wrong gradients without an error (JAX 0.10 and 0.12;
-    # https://github.com/jax-ml/jax/issues/32411): whoever differentiates gets the carry form.
-    loop = jax.custom_vjp(functools.partial(in_place_form, micro_fns, options))
-    loop.defvjp(lambda operands: jax.vjp(carry_form, operands), lambda vjp, cotangents: vjp(cotangents))
-    return loop(operands)
+    """Sums over all micro-batches, and the stacked auxiliary outputs of each scan; `in_place` chooses the form."""
+    form = functools.partial(_carry_form, losses, options)
+    if in_place:
+        form = run_as(functools.partial(in_place_form, losses, options), form)
+    return form(operands)
 
 
-def sum_weights(
-    micro_fns: Sequence[MicroFn], options: LoopOptions, operands: Operands
-) -> Scalars:
+def sum_weights(losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands) -> Scalars:
     """Each term's total weight: a pass over the micro-batches without gradients."""
 
-    def step(state, xs, micro_fn, consts, size):
+    def step(state, xs, call, num_examples):
         weights, carry = state
-        _, (new, carry, _) = micro_fn(operands.diff, xs[1], operands.key, xs[0], carry, *consts)
+        _, (new, carry, _) = call(operands.diff, xs, carry)
         return (jax.tree.map(jnp.add, weights, new), carry), None
 
-    start = _start(micro_fns, options, operands)
-    (weights, _), _ = _scan_stacks(step, (start.terms.weights, start.carry), micro_fns, options, operands)
+    start = _start(losses, options, operands)
+    (weights, _), _ = _scan_stacks(step, (start.terms.weights, start.carry), losses, options, operands)
     return weights
 
 
 def _carry_form(
-    micro_fns: Sequence[MicroFn], options: LoopOptions, operands: Operands
+    losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands
 ) -> tuple[Sums, list[PyTree]]:
-    def step(sums, xs, micro_fn, consts, size):
-        forward = _bind(micro_fn, xs, operands, sums.carry, consts)
-        totals, vjp, (weights, carry, aux) = jax.vjp(forward, operands.diff, has_aux=True)
+    def step(sums, xs, call, num_examples):
+        totals, vjp, (weights, carry, aux) = jax.vjp(
+            lambda x: call(x, xs, sums.carry), operands.diff, has_aux=True
+        )
         (grads,) = vjp(_cotangents(operands, totals))
         reduced, stacked = reductions.divide_aux(aux)
-        new = _add(sums, Terms(totals, weights), reduced, carry, size)
+        new = _add(sums, Terms(totals, weights), reduced, carry, num_examples)
         new = new._replace(grads=_add_grads(sums.grads, grads, options))
         if options.track_noise_scale:
-            new = _add_noise(new, grads, weights, size, options)
+            new = _add_noise(new, grads, weights, num_examples, options)
         if options.skip_nonfinite:
-            finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves((totals, weights, grads))]).all()
+            finite = _all_finite((totals, weights, grads), _axes(sums.terms))
             kept = jax.tree.map(lambda n, old: jnp.where(finite, n, old), new, sums)
             new = kept._replace(num_skipped=jnp.where(finite, sums.num_skipped, sums.num_skipped + 1))
         return new, stacked
 
-    return _scan_stacks(step, _start(micro_fns, options, operands), micro_fns, options, operands)
+    return _scan_stacks(step, _start(losses, options, operands), losses, options, operands)
 
 
 def in_place_form(
-    micro_fns: Sequence[MicroFn], options: LoopOptions, operands: Operands
+    losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands
 ) -> tuple[Sums, list[PyTree]]:
-    # A reference has its cotangent's dtype: to sum in a wider one, differentiate with respect to the wider parameter.
+    # A reference has its cotangent's dtype: for wider sums, differentiate with respect to wider parameters.
     narrow = [x.dtype for x in operands.diff]
-    dtypes = zip(narrow, options.sum_dtypes, options.is_max, strict=True)
-    wide = [
-        x.astype(own if is_max else dtype)
-        for x, (own, dtype, is_max) in zip(operands.diff, dtypes, strict=True)
-    ]
-    start = _start(micro_fns, options, operands)
+    wide = [x.astype(dtype) for x, dtype in zip(operands.diff, options.sum_dtypes, strict=True)]
+    start = _start(losses, options, operands)
     refs = [None if m else jax.new_ref(g) for g, m in zip(start.grads, options.is_max, strict=True)]
     maxima = [g if m else None for g, m in zip(start.grads, options.is_max, strict=True)]
 
-    def step(sums, xs, micro_fn, consts, size):
-        forward = _bind(micro_fn, xs, operands, sums.carry, consts)
-        totals, vjp, (weights, carry, aux) = jax.vjp(
-            lambda wide: forward([x.astype(dtype) for x, dtype in zip(wide, narrow, strict=True)]),
-            wide,
-            has_aux=True,
-        )
+    def step(sums, xs, call, num_examples):
+        def forward(wide):
+            diff = [x.astype(dtype) for x, dtype in zip(wide, narrow, strict=True)]
+            return call(diff, xs, sums.carry)
+
+        totals, vjp, (weights, carry, aux) = jax.vjp(forward, wide, has_aux=True)
         # A maximum needs each micro-batch's own value: a reference of its own.
         all_refs = [
             jax.new_ref(jnp.zeros_like(x)) if r is None else r for r, x in zip(refs, wide, strict=True)
@@ -144,10 +125,10 @@ def in_place_form(
         vjp.with_refs(all_refs)(_cotangents(operands, totals))
         own = [jax.freeze(new) if r is None else None for r, new in zip(refs, all_refs, strict=True)]
         reduced, stacked = reductions.divide_aux(aux)
-        new = _add(sums, Terms(totals, weights), reduced, carry, size)
+        new = _add(sums, Terms(totals, weights), reduced, carry, num_examples)
         return new._replace(grads=_add_grads(sums.grads, own, options)), stacked
 
-    sums, stacked = _scan_stacks(step, start._replace(grads=maxima), micro_fns, options, operands)
+    sums, stacked = _scan_stacks(step, start._replace(grads=maxima), losses, options, operands)
     grads = [g if r is None else jax.freeze(r) for g, r in zip(sums.grads, refs, strict=True)]
     return sums._replace(grads=grads), stacked
 
@@ -155,36 +136,29 @@ def in_place_form(
 def _scan_stacks(
     step: Callable[..., Any],
     state: Any,
-    micro_fns: Sequence[MicroFn],
+    losses: Sequence[MicroLoss],
     options: LoopOptions,
     operands: Operands,
 ) -> tuple[Any, list[PyTree]]:
-    """Scans `step(state, (index, micro-batch), micro_fn, consts, size)` over each stack in turn."""
+    """Scans `step(state, (index, micro-batch), call, num_examples)` over each stack in turn."""
     outputs, first = [], 0
-    for micro_fn, stack, consts, size in zip(
-        micro_fns, operands.stacks, operands.consts, options.sizes, strict=True
-    ):
-        count = jax.tree.leaves(stack)[0].shape[0]
-        indices = first + jnp.arange(count, dtype=jnp.int32)
-        body = functools.partial(step, micro_fn=micro_fn, consts=consts, size=size)
+    for loss, stack, consts in zip(losses, operands.stacks, operands.consts, strict=True):
+
+        def call(diff, xs, carry, loss=loss, consts=consts):
+            index, micro_batch = xs
+            return loss.call(diff, micro_batch, operands.key, index, carry, *consts)
+
+        indices = first + jnp.arange(loss.num_microbatches, dtype=jnp.int32)
+        body = functools.partial(step, call=call, num_examples=loss.num_examples)
         state, output = lax.scan(body, state, (indices, stack), unroll=options.unroll)
         outputs.append(output)
-        first += count
+        first += loss.num_microbatches
     return state, outputs
 
 
-def _start(micro_fns: Sequence[MicroFn], options: LoopOptions, operands: Operands) -> Sums:
+def _start(losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands) -> Sums:
     """The sums over no micro-batch."""
-    micro_batch = jax.tree.map(lambda x: x[0], operands.stacks[0])
-    totals, (weights, carry, aux) = jax.eval_shape(
-        micro_fns[0],
-        operands.diff,
-        micro_batch,
-        operands.key,
-        jnp.int32(0),
-        operands.carry,
-        *operands.consts[0],
-    )
+    totals, (weights, carry, aux) = losses[0].structs
     _check_carry(operands.carry, carry)
     sums = Sums(
         grads=[
@@ -199,22 +173,26 @@ def _start(micro_fns: Sequence[MicroFn], options: LoopOptions, operands: Operand
         num_weighted=jnp.int32(0),
         sq_norm_sum=jnp.float32(0),
     )
-    # What depends on every gradient differs between all devices that any gradient differs on.
-    axes = frozenset().union(*(varying_axes(x) for x in jax.tree.leaves((operands.diff, sums.terms))))
-    if options.skip_nonfinite:
-        return vary(sums, axes)
+    if options.skip_nonfinite:  # what a device drops, its sums vary with
+        return vary(sums, _axes(sums.terms))
     if options.track_noise_scale:
-        return sums._replace(
-            num_weighted=vary(sums.num_weighted, axes), sq_norm_sum=vary(sums.sq_norm_sum, axes)
+        num_weighted, sq_norm_sum = vary(
+            (sums.num_weighted, sums.sq_norm_sum), _axes((operands.diff, sums.terms))
         )
+        return sums._replace(num_weighted=num_weighted, sq_norm_sum=sq_norm_sum)
     return sums
 
 
-def _bind(
-    micro_fn: MicroFn, xs: tuple[jax.Array, PyTree], operands: Operands, carry: PyTree, consts: Any
-) -> Callable[..., Any]:
-    index, micro_batch = xs
-    return lambda diff: micro_fn(diff, micro_batch, operands.key, index, carry, *consts)
+def _axes(tree: PyTree) -> frozenset[str]:
+    """The mesh axes that any of these arrays or structs varies over, in someone's own `shard_map`."""
+    return frozenset().union(*(varying_axes(x) for x in jax.tree.leaves(tree)))
+
+
+def _all_finite(tree: PyTree, axes: frozenset[str]) -> jax.Array:
+    """Whether all these are finite, on every device that agrees on the sums: they vary over `axes` alone."""
+    finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+    shared = tuple(varying_axes(finite) - axes)
+    return lax.pmin(finite.astype(jnp.int32), shared) == 1 if shared else finite
 
 
 def _cotangents(operands: Operands, totals: Scalars) -> Scalars:
@@ -223,11 +201,11 @@ def _cotangents(operands: Operands, totals: Scalars) -> Scalars:
     return vary_like(operands.cotangents, jax.tree.map(jax.typeof, totals))
 
 
-def _add(sums: Sums, terms: Terms, aux: PyTree, carry: PyTree, size: int) -> Sums:
+def _add(sums: Sums, terms: Terms, aux: PyTree, carry: PyTree, num_examples: int) -> Sums:
     """The sums with one more micro-batch, all but the gradients."""
     return sums._replace(
         terms=jax.tree.map(jnp.add, sums.terms, terms),
-        num_examples=sums.num_examples + size,
+        num_examples=sums.num_examples + num_examples,
         aux=reductions.add(sums.aux, aux),
         carry=carry,
     )
@@ -243,10 +221,10 @@ def _add_grads(sums: list[Any], grads: list[Any], options: LoopOptions) -> list[
 
 
 def _add_noise(
-    sums: Sums, grads: list[jax.Array], weights: Scalars, size: int, options: LoopOptions
+    sums: Sums, grads: list[jax.Array], weights: Scalars, num_examples: int, options: LoopOptions
 ) -> Sums:
     """Adds n_i |g_i|^2, of the micro-batch's mean gradient g_i; its summed gradient is n_i g_i."""
-    weight = next(iter(weights.values())) if len(weights) == 1 else jnp.float32(size)
+    weight = next(iter(weights.values())) if len(weights) == 1 else jnp.float32(num_examples)
     counted = weight != 0
     summed = [g for g, is_max in zip(grads, options.is_max, strict=True) if not is_max]
     scaled = squared_norm(summed) / jnp.where(counted, weight, 1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from optaccum._call import Call, Roles, as_indices, join_call, split_call
 from optaccum._diagnose import diagnose
-from optaccum._reductions import loss_value
+from optaccum._loss import loss_value
 from optaccum._split import batch_size_of, resolve_num_microbatches
 from optaccum._value_and_grad import value_and_grad
 

@@ -113,11 +113,19 @@ def _explicit_spec(x: jax.Array) -> tuple[Any, list[Any]] | None:
     return sharding.mesh, [*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))]
 
 
+def unshard_rows(x: jax.Array) -> jax.Array:
+    """Gathers the first axis of an array whose type carries its sharding; others stay as they are."""
+    if (explicit := _explicit_spec(x)) is None:
+        return x
+    mesh, (_, *others) = explicit
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(None, *others)))
+
+
 def _unshard_if_uneven(x: jax.Array, n: int) -> jax.Array:
     """Gathers the batch axis of an Explicit array whose rows on each device n does not divide."""
     if (explicit := _explicit_spec(x)) is None:
         return x
-    mesh, (batch_axes, *others) = explicit
+    mesh, (batch_axes, *_) = explicit
     if batch_axes is None:
         return x
     devices = 1
@@ -125,7 +133,7 @@ def _unshard_if_uneven(x: jax.Array, n: int) -> jax.Array:
         devices *= mesh.shape[name]
     if x.shape[0] % (devices * n) == 0:
         return x
-    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(None, *others)))
+    return unshard_rows(x)
 
 
 def _rows_to_stack(x: jax.Array, n: int) -> jax.Array:

@@ -1,5 +1,6 @@
 """Does this loss, on these devices, accumulate to what the whole batch gives? And if not, why not?"""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,16 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._call import Call, Roles, as_indices, join_call, split_call
-from optaccum._diagnose import diagnose
-from optaccum._loss import loss_value
-from optaccum._split import batch_size_of, resolve_num_microbatches
+from optaccum._call import Call, Layout, Roles, as_indices, join_call, split_call
+from optaccum._compare import least_sizes, relative_errors
+from optaccum._data_axes import find_mesh
+from optaccum._diagnose import LossOf, diagnose, explain_not_finite, take_rows
+from optaccum._reductions import loss_value
+from optaccum._split import batch_size_of, check_split_options, resolve_num_microbatches
 from optaccum._value_and_grad import value_and_grad
 
 PyTree = Any
+GradientOf = Callable[[Call], tuple[Any, PyTree]]  # -> value, gradients
 
-# A leaf whose gradient nearly cancels is compared with this fraction of the whole gradient instead of with itself.
-_FLOOR = 1e-3
+# What nearly cancels is compared with this fraction of the whole gradient (or the tolerance of its dtype).
+_FLOOR = 1e-2
 
 
 class VerifyReport(NamedTuple):
@@ -26,8 +30,9 @@ class VerifyReport(NamedTuple):
     Attributes:
       ok: whether value and gradients agree within `rtol`.
       max_relative_error: the largest of `value_error` and `leaves`.
-      leaves: relative error of each gradient leaf by its key path: |accumulated - whole| / |whole| in the 2-norm,
-        |whole| being at least a thousandth of the whole gradient's norm.
+      leaves: relative error of each gradient leaf by its key path: |accumulated - whole| / |whole| in the
+        2-norm, |whole| being taken as a hundredth (16-bit: a twentieth) of the whole gradient's norm at
+        least. NaN where one is not finite.
       value_error: relative error of the value.
       value_ratio: accumulated value / whole batch's value.
       rtol: the tolerance.
@@ -50,6 +55,7 @@ class VerifyReport(NamedTuple):
             raise AssertionError(str(self))
 
     def __str__(self) -> str:
+        """The errors, largest first, and the likely cause of a disagreement."""
         verdict = "agree" if self.ok else "DISAGREE"
         lines = [
             f"{self.num_microbatches} micro-batches and the whole batch {verdict}: "
@@ -70,23 +76,27 @@ def verify(
 ) -> VerifyReport:
     """Compares the whole batch's value and gradients with the accumulated ones, as the program will run.
 
-    Both are computed on the arguments' own devices, dtypes and mesh, so a report covers the model, the options and
-    the compiler. Where they disagree, further evaluations of the loss (on repeated and mixed halves of the batch, with
-    another key, with the state of the next micro-batch) tell why.
+    Both are computed on the arguments' own devices, dtypes and mesh, so a report covers the model, the
+    options and the compiler. Where they disagree, further evaluations of the loss (on repeated and mixed
+    parts of the batch, with another key, with the state of the next micro-batch) tell why.
 
     Args:
       loss_fn: as for :func:`value_and_grad`.
-      *args: its positional arguments, with a batch that fits the memory whole.
-      rtol: relative tolerance; None: from the dtypes that the loss computes in (5e-2 with bf16, 1e-2 with f16, 1e-4
-        with f32 on CPU, but 1e-2 on GPUs and 5e-2 on TPUs, whose matrix units round float32 unless
-        `jax_default_matmul_precision` says otherwise, 1e-9 with f64), plus sqrt(n) roundings of the accumulator.
+      *args: its positional arguments, with a batch that fits the memory whole. Keyword arguments of `loss_fn`
+        have to be bound to it (`functools.partial`).
+      rtol: relative tolerance, >= 0. None: what rounding may do, from the dtypes that the loss computes in:
+        5e-2 with bf16 or narrower, 1e-2 with f16, 1e-4 with f32 on CPU (on GPUs 1e-2 and on TPUs 5e-2, whose
+        matrix units round float32 unless `jax_default_matmul_precision` says otherwise), 1e-9 with f64; plus
+        sqrt(n) roundings of the accumulator.
       **value_and_grad_options: as for :func:`value_and_grad`.
 
     Returns:
-      A report: `report.ok`, `report.max_relative_error`, `report.leaves`, `str(report)`, `report.raise_if_failed()`.
+      A report: `report.ok`, `report.max_relative_error`, `report.leaves`, `str(report)`,
+      `report.raise_if_failed()`.
 
     Raises:
-      ValueError, TypeError: what :func:`value_and_grad` raises for these arguments.
+      ValueError, TypeError: for a negative tolerance, and what :func:`value_and_grad` raises for these
+      arguments.
 
     Example:
       >>> import jax.numpy as jnp
@@ -98,47 +108,54 @@ def verify(
       >>> report.ok, report.value_ratio
       (False, 0.25)
     """
-    options = {**value_and_grad_options, "return_info": False, "track_noise_scale": False}
-    has_aux = options.get("has_aux", False)
+    if rtol is not None and not rtol >= 0:
+        raise ValueError(f"expected rtol to be None or a number >= 0; got {rtol!r}.")
+    options = value_and_grad_options
+    sizes = options.get("num_microbatches"), options.get("microbatch_size")
+    check_split_options(*sizes)
     call, layout = split_call(_roles(options), args, {})
-    n = resolve_num_microbatches(
-        batch_size_of(call.batch), options.get("num_microbatches"), options.get("microbatch_size")
-    )
-    value, grads = _without_aux(value_and_grad(loss_fn, **options)(*args), has_aux)
+    n = resolve_num_microbatches(batch_size_of(call.batch), *sizes)
+    value, grads, *_ = value_and_grad(loss_fn, **options)(*args)
+    accumulated = (value[0] if options.get("has_aux") else value), grads
 
-    @jax.jit
-    def loss_of(call):
-        out = loss_fn(*join_call(layout, call)[0])
-        return loss_value(out[0] if has_aux else out)
-
-    first_key = jax.tree.map(lambda key: jax.random.fold_in(key, 0), call.key)
-    whole_call = call._replace(key=first_key)
+    call = call._replace(key=jax.tree.map(lambda key: jax.random.fold_in(key, 0), call.key))
+    axes = _mesh_axes(options, call)
     try:
-        (expected_value, expected), by_value = _whole_gradient(loss_of, whole_call, grads), loss_of
-    except NameError:  # the loss names a data axis: it can only be run under value_and_grad
-        whole = value_and_grad(loss_fn, **{**options, "num_microbatches": 1, "microbatch_size": None})
-        (expected_value, expected), by_value = _without_aux(whole(*args), has_aux), None
+        (loss_of, gradient_of), num_devices = _as_it_is(loss_fn, options, layout), 1
+        whole = gradient_of(call)
+    except NameError:  # the loss names a data axis: only under value_and_grad is there one
+        loss_of, gradient_of = _in_one_micro_batch(loss_fn, options, layout)
+        whole, num_devices = gradient_of(call), math.prod(axes.values())
 
-    scale = _FLOOR * _norm(expected)
-    leaves = {
-        jax.tree_util.keystr(path): _relative_error(grad, whole, scale)
-        for (path, grad), whole in zip(
-            jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected), strict=True
-        )
-    }
-    value_error = _relative_error(value, expected_value, 0.0)
-    worst = max([value_error, *leaves.values()], key=_order)
-    rtol = _tolerance(loss_of, whole_call, by_value, grads, n) if rtol is None else rtol
-    ok = bool(worst <= rtol)
+    compute = _compute_tolerance(loss_fn, layout, call, axes)
+    eps = max(float(jnp.finfo(g.dtype).eps) for g in jax.tree.leaves(grads))
+    tolerance = compute + n**0.5 * eps if rtol is None else float(rtol)
+    fraction = max(_FLOOR, compute)
+    least = least_sizes(fraction, whole)
+    value_error, leaves = relative_errors(accumulated, whole, least)
+    if not _worst(value_error, leaves) <= tolerance:
+        least = least_sizes(fraction, whole, _one_micro_batch(gradient_of, call, n), call.diff)
+        value_error, leaves = relative_errors(accumulated, whole, least)
+    worst, cause = _worst(value_error, leaves), ""
+    if math.isnan(worst):
+        cause = explain_not_finite(all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(whole)))
+    elif worst > tolerance:
+        agree = None
+        if value_error <= tolerance:
+            moving = [bool(jnp.any(x != 0)) for x in jax.tree.leaves(whole[1])]
+            agree = [error <= tolerance for error, m in zip(leaves.values(), moving, strict=True) if m]
+        # A value rounds far less than a gradient.
+        resolution = compute / 20 * max(abs(float(whole[0])), least.value)
+        cause = diagnose(loss_of, call, n, num_devices=num_devices, resolution=resolution, leaves_agree=agree)
     return VerifyReport(
-        ok=ok,
+        ok=worst <= tolerance,
         max_relative_error=worst,
         leaves=leaves,
         value_error=value_error,
-        value_ratio=float(value) / float(expected_value) if float(expected_value) else float("nan"),
-        rtol=rtol,
+        value_ratio=float(accumulated[0]) / float(whole[0]) if float(whole[0]) else float("nan"),
+        rtol=tolerance,
         num_microbatches=n,
-        cause="" if ok else diagnose(by_value, whole_call, n, value_agrees=value_error <= rtol),
+        cause=cause,
     )
 
 
@@ -156,53 +173,84 @@ def _roles(options: dict[str, Any]) -> Roles:
     )
 
 
-def _without_aux(results: Any, has_aux: bool) -> tuple[Any, PyTree]:
-    value, grads = results
-    return (value[0] if has_aux else value), grads
+def _mesh_axes(options: dict[str, Any], call: Call) -> dict[str, int]:
+    """The sizes of the mesh axes that `data_axes` names."""
+    axes = options.get("data_axes") or ()
+    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    return {axis: find_mesh(call, axes).shape[axis] for axis in axes}
 
 
-def _whole_gradient(loss_of: Callable[[Call], Any], call: Call, grads: PyTree) -> tuple[Any, PyTree]:
-    value, (expected,) = jax.jit(
-        jax.value_and_grad(lambda diff, call: loss_of(call._replace(diff=diff)), argnums=(0,))
-    )(call.diff, call._replace(diff=()))
-    one_argnum = jax.tree.structure((grads,)) == jax.tree.structure(expected)
-    return value, expected[0] if one_argnum else expected
+def _loss_and_carry(out: Any, options: dict[str, Any]) -> tuple[Any, PyTree]:
+    if not options.get("has_aux"):
+        return out, ()
+    loss, aux = out
+    return loss, () if options.get("carry_argnum") is None else aux[0]
 
 
-def _tolerance(loss_of: Callable[[Call], Any], call: Call, by_value: Any, grads: PyTree, n: int) -> float:
-    """What rounding may do: that of the coarsest dtype that the loss computes in, and n roundings of the sums."""
-    printed = str(jax.make_jaxpr(loss_of)(call)) if by_value is not None else ""
-    dtypes = {x.dtype for x in jax.tree.leaves((call.diff, call.batch)) if jnp.issubdtype(x.dtype, jnp.inexact)}
-    backend = jax.default_backend()
-    if re.search(r"\b(bf16|bfloat16)\[", printed) or jnp.dtype(jnp.bfloat16) in dtypes:
-        compute = 5e-2
-    elif re.search(r"\b(f16|float16)\[", printed) or jnp.dtype(jnp.float16) in dtypes:
-        compute = 1e-2
-    elif backend != "cpu" and jax.config.jax_default_matmul_precision not in ("float32", "highest"):
-        compute = 5e-2 if backend == "tpu" else 1e-2
-    elif dtypes <= {jnp.dtype(jnp.float64), jnp.dtype(jnp.complex128)}:
-        compute = 1e-9
-    else:
-        compute = 1e-4
-    return compute + n**0.5 * max(float(jnp.finfo(g.dtype).eps) for g in jax.tree.leaves(grads))
+def _as_it_is(
+    loss_fn: Callable[..., Any], options: dict[str, Any], layout: Layout
+) -> tuple[LossOf, GradientOf]:
+    """The loss of a call and its gradient, as JAX gives them."""
+
+    def loss_of(call):
+        loss, carry = _loss_and_carry(loss_fn(*join_call(layout, call)[0]), options)
+        return loss_value(loss), carry
+
+    def of_diff(diff, call):
+        return loss_of(call._replace(diff=diff))[0]
+
+    gradient = jax.jit(jax.value_and_grad(of_diff))
+    return jax.jit(loss_of), lambda call: gradient(call.diff, call._replace(diff=()))
 
 
-def _norm(tree: PyTree) -> float:
-    return float(np.sqrt(sum(float(np.sum(np.abs(_wide(x)) ** 2)) for x in jax.tree.leaves(tree))))
+def _in_one_micro_batch(
+    loss_fn: Callable[..., Any], options: dict[str, Any], layout: Layout
+) -> tuple[LossOf, GradientOf]:
+    """The same for a loss that only runs under `value_and_grad`."""
+    grad_fn = value_and_grad(loss_fn, **{**options, "num_microbatches": 1, "microbatch_size": None})
+
+    def loss_of(call):
+        return _loss_and_carry(grad_fn(*join_call(layout, call)[0])[0], options)
+
+    def gradient_of(call):
+        out, grads, *_ = grad_fn(*join_call(layout, call)[0])
+        return _loss_and_carry(out, options)[0], grads
+
+    return loss_of, gradient_of
 
 
-def _relative_error(x: Any, expected: Any, floor: float) -> float:
-    """|x - expected| / max(|expected|, floor); 0 where both are the same, NaN where one is not finite."""
-    x, expected = _wide(x), _wide(expected)
-    difference, size = _norm(x - expected), max(_norm(expected), floor)
-    return difference / size if size else (0.0 if difference == 0 else float("inf"))
+def _compute_tolerance(
+    loss_fn: Callable[..., Any], layout: Layout, call: Call, axes: dict[str, int]
+) -> float:
+    """What rounding in the coarsest dtype that the loss computes in may do."""
+    trace = jax.make_jaxpr(lambda call: loss_fn(*join_call(layout, call)[0]), axis_env=list(axes.items()))
+    dtypes = set(re.findall(r"\b(bf16|f\d+)(?:_\w+)?\[", str(trace(call))))
+    if dtypes & {"bf16", "f8", "f4"}:
+        return 5e-2
+    if "f16" in dtypes:
+        return 1e-2
+    if "f32" not in dtypes:
+        return 1e-9
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return (
+        1e-4
+        if precision in ("float32", "highest")
+        else {"cpu": 1e-4, "tpu": 5e-2}.get(jax.default_backend(), 1e-2)
+    )
 
 
-def _wide(x: Any) -> np.ndarray:
-    x = np.asarray(x)
-    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+def _one_micro_batch(gradient_of: GradientOf, call: Call, n: int) -> PyTree:
+    """Value and gradients of the first micro-batch, which tell how large they are before they cancel."""
+    try:
+        return gradient_of(take_rows(call, np.arange(0, batch_size_of(call.batch), n)))
+    except Exception:  # such as rows that do not divide over the devices: it is only a scale
+        return ()
+
+
+def _worst(value_error: float, leaves: dict[str, float]) -> float:
+    return max([value_error, *leaves.values()], key=_order)
 
 
 def _order(error: float) -> float:
     """Sorts NaN above everything."""
-    return float("inf") if np.isnan(error) else error
+    return float("inf") if math.isnan(error) else error

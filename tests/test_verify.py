@@ -1,0 +1,312 @@
+"""`verify`: what it compares, with which tolerance, on which dtypes and devices. Causes: test_diagnose.py."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import optaccum
+
+B, D = 16, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def problem(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(D, 32)), "b": rng.normal(size=32), "out": rng.normal(size=32)}
+    batch = {"x": rng.normal(size=(B, D)), "y": rng.normal(size=B)}
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, batch))
+
+
+def losses(params, batch):
+    h = jnp.tanh(batch["x"] @ params["w"] + params["b"])
+    return jnp.square(h @ params["out"] - batch["y"])
+
+
+def mean_loss(params, batch):
+    return losses(params, batch).mean()
+
+
+def uneven(params, batch):
+    """10 % too large on the first row of what it is given."""
+    each = losses(params, batch)
+    return each.mean() + 0.1 * each[0]
+
+
+def summed(params, batch):
+    return losses(params, batch).sum()
+
+
+def test_a_report_says_what_was_compared():
+    params, batch = problem()
+    report = optaccum.verify(mean_loss, params, batch, num_microbatches=4)
+    assert report.ok
+    assert set(report.leaves) == {"['w']", "['b']", "['out']"}
+    assert report.max_relative_error == max(report.value_error, *report.leaves.values()) <= report.rtol
+    assert 1e-4 < report.rtol < 1.1e-4
+    assert report.num_microbatches == 4
+    assert report.value_ratio == pytest.approx(1)
+    report.raise_if_failed()
+    first, *lines = str(report).splitlines()
+    assert first.startswith("4 micro-batches and the whole batch agree: largest relative error")
+    assert lines[0].split()[0] == "value"
+    assert len(lines) == 4
+
+
+def test_a_failed_report_raises_itself():
+    params, batch = problem()
+    report = optaccum.verify(summed, params, batch, num_microbatches=4)
+    assert "DISAGREE" in str(report)
+    assert min(report.leaves.values()) == pytest.approx(3 / 4, rel=1e-3)
+    with pytest.raises(AssertionError) as info:
+        report.raise_if_failed()
+    assert str(info.value) == str(report)
+
+
+def test_many_leaves_are_listed_worst_first():
+    params = [jnp.float32(i + 1) for i in range(12)]
+
+    def loss_fn(params, x):
+        return (sum(params) * x).mean() + params[7] * x.sum()
+
+    report = optaccum.verify(loss_fn, params, jnp.ones(4), num_microbatches=2)
+    lines = str(report).splitlines()
+    assert lines[2].split()[0] == "[7]"
+    assert lines[-2].strip() == "... and 4 leaves with smaller errors"
+    assert len(report.leaves) == 12
+
+
+def test_n_follows_from_the_size_of_a_micro_batch():
+    params, batch = problem()
+    assert optaccum.verify(mean_loss, params, batch, microbatch_size=3).num_microbatches == 6
+
+
+def test_rtol_decides():
+    params, batch = problem()
+    exact = optaccum.verify(mean_loss, params, batch, num_microbatches=3, rtol=0)
+    assert not exact.ok
+    assert exact.max_relative_error < 1e-5
+    assert optaccum.verify(summed, params, batch, num_microbatches=4, rtol=10).ok
+
+
+def test_several_arguments_are_differentiated_and_negative_indices_count_from_the_end():
+    params, batch = problem()
+
+    def loss_fn(w, b, rows, out):
+        return mean_loss({"w": w, "b": b, "out": out}, rows)
+
+    args = params["w"], params["b"], batch, params["out"]
+    report = optaccum.verify(loss_fn, *args, num_microbatches=4, argnums=(0, -1), batch_argnums=2)
+    assert report.ok
+    assert set(report.leaves) == {"[0]", "[1]"}
+    single = optaccum.verify(loss_fn, *args, num_microbatches=4, argnums=(1,), batch_argnums=-2)
+    assert single.ok
+    assert set(single.leaves) == {"[0]"}
+
+
+def test_aux_carry_and_info_are_set_aside():
+    params, batch = problem()
+
+    def loss_fn(params, batch, count):
+        return mean_loss(params, batch), (count + 1, {"rows": batch["y"]})
+
+    options = {"num_microbatches": 4, "has_aux": True, "carry_argnum": 2, "return_info": True}
+    report = optaccum.verify(loss_fn, params, batch, 0, **options, track_noise_scale=True)
+    assert report.ok
+    assert len(report.leaves) == 3
+
+
+def test_terms_with_their_own_denominators():
+    params, batch = problem()
+    batch["mask"] = jnp.arange(B) % 5 > 1
+
+    def loss_fn(params, batch):
+        total = (losses(params, batch) * batch["mask"]).sum()
+        return {"a": optaccum.WeightedMean(total, batch["mask"].sum()), "b": mean_loss(params, batch)}
+
+    assert optaccum.verify(loss_fn, params, batch, num_microbatches=3).ok
+
+
+def in_bf16(loss_fn):
+    return lambda params, batch: loss_fn(*jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, batch)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["params", "inside"])
+def test_bf16_models_pass_and_a_tenth_too_much_is_still_caught(dtype):
+    params, batch = problem(dtype)
+    report = optaccum.verify(in_bf16(mean_loss), params, batch, num_microbatches=8)
+    assert report.ok, str(report)
+    assert report.max_relative_error > 0
+    assert 5e-2 < report.rtol < 6e-2
+
+    def too_much(params, batch):
+        return in_bf16(mean_loss)(params, batch) * (1.1 if len(batch["y"]) < B else 1)
+
+    assert not optaccum.verify(too_much, params, batch, num_microbatches=8).ok
+
+
+def test_a_bf16_accumulator_widens_the_tolerance():
+    params, batch = problem()
+    report = optaccum.verify(mean_loss, params, batch, num_microbatches=8, accumulator_dtype=jnp.bfloat16)
+    assert report.ok, str(report)
+    assert report.max_relative_error > 1e-4
+    assert report.rtol == pytest.approx(1e-4 + 8**0.5 / 128)
+    assert not optaccum.verify(uneven, params, batch, num_microbatches=8, accumulator_dtype=jnp.bfloat16).ok
+
+
+def test_f64_is_compared_as_f64():
+    with jax.enable_x64(True):
+        params, batch = problem(jnp.float64)
+        report = optaccum.verify(mean_loss, params, batch, num_microbatches=4)
+        assert report.ok
+        assert report.rtol < 2e-9
+
+        def rounded(params, batch):
+            return mean_loss(params, batch).astype(jnp.float32).astype(jnp.float64)
+
+        assert optaccum.verify(rounded, params, batch, num_microbatches=4).rtol > 1e-5
+
+
+def test_complex_parameters():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(B, 3)), jnp.complex64)
+
+    def loss_fn(w, x, times):
+        return times(jnp.square(jnp.abs(x @ w - 1j)))
+
+    w = jnp.array([1 + 2j, -1j, 0.5])
+    verify = functools.partial(optaccum.verify, num_microbatches=4)
+    assert verify(functools.partial(loss_fn, times=jnp.mean), w, x).ok
+    report = verify(functools.partial(loss_fn, times=jnp.sum), w, x)
+    assert not report.ok
+    assert report.leaves[""] == pytest.approx(3 / 4, rel=1e-3)
+    assert "gradient" in str(report)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_leaf_whose_gradient_cancels_is_no_alarm(dtype):
+    params, batch = problem(dtype)
+
+    def loss_fn(params, batch):  # a key's bias shifts all logits alike: softmax cancels it
+        h = jnp.tanh(batch["x"] @ params["w"])
+        weights = jax.nn.softmax(h * 3 + params["shift"], axis=-1)
+        return jnp.square((weights * h) @ params["out"] - batch["y"]).mean()
+
+    params["shift"] = jnp.asarray(5.0, dtype)
+    report = optaccum.verify(loss_fn, params, batch, num_microbatches=8)
+    assert report.ok, str(report)
+    assert report.leaves["['shift']"] > 0
+
+
+def test_a_whole_gradient_and_a_value_that_cancel_are_no_alarm():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, D)), jnp.float32) * 100
+    x = jnp.concatenate([x, -x])[np.random.default_rng(1).permutation(128)]
+    report = optaccum.verify(lambda w, x: (x @ w).mean(), jnp.ones(D), x, num_microbatches=8)
+    assert report.ok, str(report)
+    wrong = optaccum.verify(lambda w, x: (x @ w).mean() + x[0] @ w, jnp.ones(D), x, num_microbatches=8)
+    assert not wrong.ok
+
+
+def test_zero_gradients_agree_and_a_leaf_that_should_be_zero_does_not():
+    def loss_fn(params, x):
+        return (params["a"] * x).mean() + (params["unused"] * x.sum() if len(x) == 2 else 0)
+
+    params = {"a": jnp.float32(1), "unused": jnp.float32(0)}
+    x = jnp.arange(8.0)
+    assert optaccum.verify(lambda p, x: 0 * p["a"] + x.mean(), params, x, num_microbatches=2).ok
+    assert optaccum.verify(loss_fn, params, x, num_microbatches=2).leaves["['unused']"] == 0
+    assert not optaccum.verify(loss_fn, params, x, num_microbatches=4).ok
+
+
+def test_what_is_not_finite_fails():
+    params, batch = problem()
+    batch["y"] = batch["y"].at[3].set(jnp.nan)
+    report = optaccum.verify(mean_loss, params, batch, num_microbatches=4)
+    assert not report.ok
+    assert np.isnan(report.max_relative_error)
+    assert "not finite: the whole batch's own" in report.cause
+    assert "nan" in str(report)
+    with pytest.raises(AssertionError):
+        report.raise_if_failed()
+
+    def infinite(params, batch):  # its gradients agree
+        return mean_loss(params, batch) + (jnp.inf if len(batch["y"]) < B else 0)
+
+    report = optaccum.verify(infinite, *problem(), num_microbatches=4)
+    assert not report.ok
+    assert "not finite: a micro-batch's" in report.cause
+
+
+def on_mesh(axis_type, params, batch):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,), devices=jax.devices()[:4])
+    return (
+        mesh,
+        jax.device_put(params, NamedSharding(mesh, P())),
+        jax.device_put(batch, NamedSharding(mesh, P("data"))),
+    )
+
+
+def by_name(params, batch, weighted):
+    """The mean over all devices' masked rows; its weight is a constant to differentiation."""
+    total, weight = (losses(params, batch) * batch["mask"]).sum(), batch["mask"].sum()
+    if weighted:
+        return optaccum.WeightedMean(total, weight)
+    return total / jax.lax.pmean(weight, "data")
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_on_a_mesh(axis_type):
+    params, batch = problem()
+    mesh, params, batch = on_mesh(axis_type, params, batch)
+    with jax.set_mesh(mesh):
+        for options in ({}, {"data_axes": "data"}):
+            assert optaccum.verify(mean_loss, params, batch, num_microbatches=2, **options).ok
+            report = optaccum.verify(summed, params, batch, num_microbatches=2, **options)
+            assert not report.ok
+            assert "is a sum" in report.cause
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_a_loss_with_collectives_by_name(axis_type):
+    params, batch = problem()
+    batch["mask"] = (jnp.arange(B) % 7 > 1).astype(jnp.float32)
+    _, params, batch = on_mesh(axis_type, params, batch)
+    options = {"num_microbatches": 4, "data_axes": ("data",)}
+
+    def mean(params, batch):  # ... of a loss that only runs where the axis has a name
+        return mean_loss(params, batch) + 0 * jax.lax.axis_index("data")
+
+    assert optaccum.verify(mean, params, batch, **options).ok
+    report = optaccum.verify(functools.partial(by_name, weighted=False), params, batch, **options)
+    assert not report.ok
+    assert "unequal weights" in report.cause
+    assert optaccum.verify(functools.partial(by_name, weighted=True), params, batch, **options).ok
+
+
+def test_bad_arguments_raise_as_they_do_in_value_and_grad():
+    params, batch = problem()
+    for kind, options, message in [
+        (ValueError, {}, "exactly one of num_microbatches and microbatch_size"),
+        (ValueError, {"num_microbatches": 17}, "at most as many micro-batches as examples"),
+        (ValueError, {"num_microbatches": 2, "rtol": -1e-3}, "rtol to be None or a number >= 0"),
+        (ValueError, {"num_microbatches": 2, "rtol": float("nan")}, "rtol to be None or a number >= 0"),
+        (ValueError, {"num_microbatches": 2, "batch_argnums": 0}, "one role"),
+        (ValueError, {"num_microbatches": 2, "data_axes": "nowhere"}, "data_axes"),
+        (TypeError, {"num_microbatches": 2, "microbatches": 2}, "microbatches"),
+        (TypeError, {"num_microbatches": 2, "has_aux": True}, "has_aux"),
+    ]:
+        with pytest.raises(kind, match=message):
+            optaccum.verify(mean_loss, params, batch, **options)
+
+
+def test_a_typing_error_in_the_loss_is_not_taken_for_an_axis():
+    with pytest.raises(NameError, match="undefined_name"):
+        optaccum.verify(lambda w, x: undefined_name, 1.0, jnp.ones(4), num_microbatches=2)  # noqa: F821

@@ -13,7 +13,7 @@ from optaccum._call import Call, Layout, Roles, as_indices, join_call, split_cal
 from optaccum._compare import least_sizes, relative_errors
 from optaccum._data_axes import find_mesh
 from optaccum._diagnose import LossOf, diagnose, explain_not_finite, take_rows
-from optaccum._reductions import loss_value
+from optaccum._loss import loss_value
 from optaccum._split import batch_size_of, check_split_options, resolve_num_microbatches
 from optaccum._value_and_grad import value_and_grad
 

@@ -1,0 +1,252 @@
+"""The pod program: as one process, and as two real ones, killed, stopped, started wrongly, and going on."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tpu_data_parallel
+from conftest import assert_trees_equal
+
+EXAMPLES = pathlib.Path(tpu_data_parallel.__file__).parent
+SECONDS = 240  # for all processes of a test together; none is waited for longer, however busy the machine
+
+# 12 calls in windows of 3; checkpoints after calls 4 and 8, in the middle of a window.
+SMALL = [
+    *("--max-bytes", "20000", "--layers", "1", "--width", "16", "--heads", "2", "--length", "32"),
+    *("--batch-size", "8", "--updates", "4", "--calls-per-update", "3", "--checkpoint-every", "4"),
+]
+
+# Runs the program, which sends itself a signal when it has written down the metrics of a given call.
+HOST = """
+import os, signal, sys
+import tpu_data_parallel as program
+
+name, call = sys.argv[1].split("@")
+note = program.note
+
+def note_then_signal(record, *rest):
+    wished = note(record, *rest)
+    if len(record["losses"]) == int(call):
+        os.kill(os.getpid(), getattr(signal, name))
+    return wished
+
+program.note = note_then_signal
+program.main(sys.argv[2:])
+"""
+NO_SIGNAL = "SIGTERM@0"
+
+
+class Ended(NamedTuple):
+    """A process that has ended."""
+
+    code: int
+    text: str  # all it printed
+
+
+class Pod(NamedTuple):
+    """Two hosts of two devices each, started again and again within one limit of time."""
+
+    folder: pathlib.Path
+    deadline: float
+
+    def run(
+        self,
+        checkpoints: str,
+        *,
+        signals: tuple[str, str] = (NO_SIGNAL, NO_SIGNAL),
+        other: tuple[str, ...] = (),
+    ) -> list[Ended]:
+        """Both hosts' ends; `other` is what host 1 is told besides."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = ["--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--num-processes", "2"]
+        folders = ["--checkpoints", self.folder / checkpoints, "--figure", self.folder / "figure.png"]
+        argv = [*SMALL, *folders, "--simulate-devices", "2", "--timeout", "60", *place]
+        hosts = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    HOST,
+                    signals[i],
+                    *argv,
+                    "--process-id",
+                    str(i),
+                    *(other if i else ()),
+                ],
+                env=self._environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for i in range(2)
+        ]
+        try:
+            return [self._wait(host) for host in hosts]
+        finally:
+            for host in hosts:
+                host.kill()
+                host.communicate()
+
+    def _environment(self) -> dict[str, str]:
+        return os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)]),
+            "PYTHONWARNINGS": "error",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in a third of the time
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+    def _wait(self, host: subprocess.Popen) -> Ended:
+        text, _ = host.communicate(timeout=max(0.0, self.deadline - time.monotonic()))
+        return Ended(host.returncode, text)
+
+
+@pytest.fixture
+def pod(tmp_path) -> Pod:
+    return Pod(tmp_path, time.monotonic() + SECONDS)
+
+
+def saved(folder: pathlib.Path, call: int) -> dict[str, Any]:
+    """The checkpoint after a call, as NumPy arrays."""
+    state = folder / str(call) / "state"
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(state).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return reader.restore(state, restore_args=as_numpy)
+
+
+def test_two_hosts_killed_and_stopped_in_the_middle_of_windows(pod):
+    undisturbed = pod.run("undisturbed")
+    assert [host.code for host in undisturbed] == [0, 0], undisturbed
+    assert "2 hosts, {'data': 4, 'model': 1} devices" in undisturbed[0].text
+    assert "done after call 12: 4 updates" in undisturbed[0].text
+    assert "done" not in undisturbed[1].text  # process 0 speaks for all
+
+    killed = pod.run("run", signals=("SIGKILL@6", "SIGKILL@6"))
+    assert killed[1].code == -signal.SIGKILL, killed
+    assert killed[0].code != 0, killed
+    stopped = pod.run("run", signals=(NO_SIGNAL, "SIGTERM@6"))  # pre-emption of host 1 alone
+    assert [host.code for host in stopped] == [0, 0], stopped
+    assert "from call 4" in stopped[0].text  # 4 = 3 + 1: a window was open
+    assert "stopped after call 8" in stopped[0].text  # told with call 7, read and agreed while call 8 ran
+    ended = pod.run("run")
+    assert [host.code for host in ended] == [0, 0], ended
+    assert "from call 8" in ended[0].text
+
+    expected = saved(pod.folder / "undisturbed", 12)
+    assert_trees_equal(saved(pod.folder / "run", 12), expected)
+    assert expected["opt_state"]["gradient_step"] == 4
+    with pytest.raises(AssertionError):  # 8 is another state: the comparison sees it
+        assert_trees_equal(saved(pod.folder / "run", 8), expected)
+
+
+def test_two_hosts_started_differently_fail_at_the_start(pod):
+    for host in pod.run("run", other=("--learning-rate", "0.1")):
+        assert host.code == 1, host
+        assert "learning_rate is 0.003 on host 0, 0.1 on host 1" in host.text
+    assert not (pod.folder / "run").exists()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the program here, on eight devices; with a signal after a call, if one is given."""
+    note = tpu_data_parallel.note
+
+    def run(checkpoints: str, *arguments: str, sigterm_after: int = 0) -> tpu_data_parallel.Result:
+        def note_then_signal(record, *rest):
+            wished = note(record, *rest)
+            if len(record["losses"]) == sigterm_after:
+                signal.raise_signal(signal.SIGTERM)
+            return wished
+
+        monkeypatch.setattr(tpu_data_parallel, "note", note_then_signal)
+        folders = ["--checkpoints", str(tmp_path / checkpoints), "--figure", str(tmp_path / "figure.png")]
+        return tpu_data_parallel.main([*SMALL, "--simulate-devices", "8", *folders, *arguments])
+
+    fast = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)  # compiles in a third of the time
+    yield run
+    jax.config.update("jax_disable_most_optimizations", fast)
+
+
+def test_stopped_run_goes_on_to_the_same_parameters(run, tmp_path, capsys):
+    two = ("--model-devices", "2", "--checkpoint-every", "100")
+    whole = run("whole", *two)
+    assert (whole.first_call, whole.calls, whole.updates, whole.stopped) == (0, 12, 4, False)
+    assert whole.losses[-1] < whole.losses[0]
+    before = signal.getsignal(signal.SIGTERM)
+    stopped = run("run", *two, sigterm_after=4)  # noted while 5 runs, told with 6, agreed while 7 runs
+    assert (stopped.first_call, stopped.calls, stopped.updates, stopped.stopped) == (0, 7, 2, True)
+    assert signal.getsignal(signal.SIGTERM) == before
+    resumed = run("run", *two)
+    assert (resumed.first_call, resumed.calls, resumed.updates, resumed.stopped) == (7, 12, 4, False)
+    assert resumed.losses == whole.losses
+    assert resumed.tokens == whole.tokens == sum(whole.record["tokens"])
+    assert_trees_equal(saved(tmp_path / "run", 12), saved(tmp_path / "whole", 12))
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "stopped after call 7" in capsys.readouterr().out
+
+    again = run("run", *two)  # nothing is left to do
+    assert (again.first_call, again.calls, again.collectives) == (12, 12, None)
+    assert again.losses == whole.losses
+
+
+def test_gradients_cross_devices_once_per_call_and_damaged_checkpoints_are_set_aside(run, tmp_path, capsys):
+    whole = run("run", "--batch-size", "16")
+    assert whole.collectives is not None
+    assert "all-reduce" not in whole.collectives.in_loops
+    assert whole.collectives.outside["all-reduce"] >= 1
+    data = [path for path in (tmp_path / "run/12/state").rglob("*") if path.parent.name == "d"]
+    assert data
+    for path in data:
+        path.write_bytes(path.read_bytes()[:100])
+    again = run("run", "--batch-size", "16")
+    assert (again.first_call, again.calls) == (8, 12)
+    assert again.losses == whole.losses
+    assert "Checkpoint 12 cannot be read" in capsys.readouterr().out
+    assert (tmp_path / "run/unreadable-12").exists()
+    with pytest.raises(SystemExit, match=r"other settings: updates 4, now 5"):
+        run("run", "--batch-size", "16", "--updates", "5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--heads", "3"], "--model-devices 1 must divide --heads 3, which must divide --width 16"),
+        (["--calls-per-update", "0"], "expected a whole number, 1 or more"),
+    ],
+)
+def test_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tpu_data_parallel.main([*SMALL, *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--heads", "6", "--width", "18", "--model-devices", "3"], "must divide a host's 8 devices"),
+        (["--batch-size", "12"], "--batch-size 12 must divide over the 8 devices"),
+        (["--data", "/nowhere"], "--data /nowhere is neither a file nor a folder"),
+    ],
+)
+def test_refuses_what_the_devices_rule_out(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        tpu_data_parallel.main([*SMALL, "--simulate-devices", "8", *arguments])
+
+
+def test_explains_itself(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        tpu_data_parallel.main(["--help"])
+    assert "--simulate-devices" in capsys.readouterr().out

@@ -40,4 +40,5 @@ def _keep_aval(new: Any, old: Any, path: tuple[Any, ...], what: str) -> Any:
         aval.weak_type
     ):  # only an indexed update gives a weakly typed result; XLA drops it, so it costs nothing
         return jnp.asarray(old).at[...].set(new)
-    return lax.convert_element_type(new, aval.dtype) if new.weak_type else new
+    # A PRNG key outside jit has no weak_type of its own.
+    return lax.convert_element_type(new, aval.dtype) if jax.typeof(new).weak_type else new

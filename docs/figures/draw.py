@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import matplotlib
+import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
@@ -146,6 +147,73 @@ def memory(measured: dict[bool, dict[int, float]]) -> Callable[[Figure, dict[str
     return draw
 
 
+def parameter_copies(step: Callable[..., object], *args: object, donate: tuple[int, ...] = ()) -> float:
+    """Temp memory of a compiled step whose first argument is the parameters, in copies of these."""
+    program = jax.jit(step, donate_argnums=donate).lower(*args).compile()
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(args[0]))
+    return program.memory_analysis().temp_size_in_bytes / size
+
+
+def measure_overview() -> dict[str, dict[str, float]]:
+    """Temp memory in copies of the parameters: of a streaming step, and of a gradient in micro-batches."""
+    layers, width, batch_size, length, n = 8, 256, 16, 128, 8
+    params = {
+        "up": jax.ShapeDtypeStruct((layers, width, 4 * width), "float32"),
+        "down": jax.ShapeDtypeStruct((layers, 4 * width, width), "float32"),
+    }
+    batch = jax.ShapeDtypeStruct((batch_size, length, width), "float32")
+    loss_fn = loss_of(remat=True)
+    multi_steps = optax.MultiSteps(optax.adamw(1e-3), n)
+    accumulating = optaccum.accumulate(optax.adamw(1e-3), n)
+
+    def two_calls(tx):
+        def step(params, state, grads):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return parameter_copies(step, params, jax.eval_shape(tx.init, params), params, donate=(0, 1))
+
+    def in_place(params, state, grads):
+        return optaccum.apply_gradients(accumulating, grads, state, params)
+
+    state = jax.eval_shape(accumulating.init, params)
+    microbatch = optax.microbatching.microbatch(
+        jax.value_and_grad(loss_fn),
+        argnums=1,
+        microbatch_size=batch_size // n,
+        accumulator=optax.microbatching.AccumulationType.MEAN,
+    )
+    return {
+        "Streaming, AdamW": {
+            "optax.MultiSteps": two_calls(multi_steps),
+            "optaccum, update": two_calls(accumulating),
+            "optaccum, apply_gradients": parameter_copies(in_place, params, state, params, donate=(0, 1)),
+        },
+        "Scanned, 8 micro-batches": {
+            "the whole batch at once": parameter_copies(jax.value_and_grad(loss_fn), params, batch),
+            "optax microbatch": parameter_copies(microbatch, params, batch),
+            "optaccum": parameter_copies(optaccum.value_and_grad(loss_fn, num_microbatches=n), params, batch),
+        },
+    }
+
+
+def overview(measured: dict[str, dict[str, float]]) -> Callable[[Figure, dict[str, str]], None]:
+    def draw(figure, colors):
+        for axes, (title, bars) in zip(figure.subplots(1, 2), measured.items(), strict=True):
+            bar_colors = [colors["first"] if "optaccum" in name else colors["faint"] for name in bars]
+            drawn = axes.barh(list(bars), list(bars.values()), color=bar_colors, height=0.6)
+            axes.bar_label(drawn, fmt="%.1f", padding=5)
+            axes.set_title(title, fontsize=11, loc="left")
+            axes.set_xlim(0, 5.6)
+            axes.invert_yaxis()
+            axes.set_xticks([])
+            axes.tick_params(left=False)
+            axes.spines[["top", "right", "bottom"]].set_visible(False)
+        figure.supxlabel("temp memory of the compiled program, in copies of the parameters", fontsize=11)
+
+    return draw
+
+
 def main() -> dict[bool, dict[int, float]]:
     """Draws all figures; returns what was measured."""
     save(window, "window", (9, 4))
@@ -154,6 +222,10 @@ def main() -> dict[bool, dict[int, float]]:
     for n in measured[False]:
         print(f"{n:13} {measured[False][n]:7.1f} {measured[True][n]:21.1f}")
     save(memory(measured), "memory", (7, 3.8))
+    copies = measure_overview()
+    for title, bars in copies.items():
+        print(title, *(f"  {name:26} {value:.2f} parameter copies" for name, value in bars.items()), sep="\n")
+    save(overview(copies), "overview", (9.5, 2.6))
     return measured
 
 

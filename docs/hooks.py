@@ -1,9 +1,11 @@
-"""A mkdocs hook: formulas become MathML, which browsers draw without a script, a font or the network.
+"""Hooks for mkdocs: formulas as MathML, and the benchmark's results in their page.
 
+Browsers draw MathML without a script, a font or the network.
 Pages and docstrings may write a formula as `$$ ... $$` or within a line as `$ ... $` (as git hosts do),
 or as Sphinx does, in a `.. math::` block and :math:`...`. Sphinx's roles for names become code.
 """
 
+import pathlib
 import re
 
 from latex2mathml.converter import convert
@@ -38,3 +40,12 @@ def on_config(config):
     """Adds the extension for pages and docstrings alike."""
     config.markdown_extensions.append(_FormulasExtension())
     return config
+
+
+def on_page_markdown(markdown, *, page, config, **_):
+    """Appends what `make bench` wrote, if it has been run, to the page that says how to read it."""
+    results = pathlib.Path(config.config_file_path).parent / "benchmarks" / "RESULTS.md"
+    if page.file.src_uri != "benchmarks.md" or not results.is_file():
+        return markdown
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", results.read_text())  # its pictures stay where they are
+    return f"{markdown}\n{re.sub(r'^#', '##', text, flags=re.MULTILINE)}"

@@ -73,7 +73,8 @@ def test_pages_name_no_machine():
 
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
-    assert not [page.name for page in (ROOT / "docs").glob("*.md") if f": {page.name}\n" not in navigation]
+    absent = [page.name for page in (ROOT / "docs").glob("*.md") if f": {page.name}\n" not in navigation]
+    assert not absent, f"add {absent} to nav in mkdocs.yml"
 
 
 def test_figures_are_small_and_drawn_for_both_themes():

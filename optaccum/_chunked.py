@@ -1,4 +1,4 @@
-"""A function of a batch, evaluated and differentiated one micro-batch at a time, for losses that do not split."""
+"""Outputs of the whole batch, one micro-batch at a time, for losses that do not split."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaccum import _reductions as reductions
-from optaccum._bare_aux import describe_bare, wrap_bare
-from optaccum._call import Roles, as_indices, join_call, split_call
+from optaccum._bare_aux import AuxLeaf, describe_bare, wrap_bare
+from optaccum._call import Call, Layout, Roles, as_indices, jit_call, join_call, split_call
 from optaccum._data_axes import zeros_of
 from optaccum._split import batch_size_of, check_split_options, resolve_num_microbatches, split
 
@@ -27,14 +27,14 @@ def chunked(
 ) -> Callable[..., Any]:
     """`fn` on the whole batch with one micro-batch's activations, in the forward and in the backward pass.
 
-    For losses that need all examples' outputs at once, such as a contrastive loss or statistics of the outputs: the
-    outputs are kept, what led to them is computed again in the backward pass (`jax.checkpoint`), one micro-batch at
-    a time (`jax.lax.scan`). Differentiating through it, in either mode, is exact.
+    For losses that need all examples' outputs at once, such as a contrastive loss or statistics of the
+    outputs: the outputs are kept, what led to them is computed again in the backward pass (`jax.checkpoint`),
+    one micro-batch at a time (`jax.lax.scan`). Differentiating through it, in either mode, is exact.
 
     Args:
-      fn: returns a pytree. A leaf with one axis that is the batch's is concatenated in the batch's own order; any
-        other is wrapped in :class:`WeightedMean`, :class:`Sum`, :class:`Max`, :class:`Min`, :class:`Last` or
-        :class:`Stack`. `fn` may not mix examples, as BatchNorm in training does.
+      fn: returns a pytree. A leaf with one axis that is the batch's is concatenated in the batch's own order;
+        any other is wrapped in :class:`WeightedMean`, :class:`Sum`, :class:`Max`, :class:`Min`, :class:`Last`
+        or :class:`Stack`. `fn` may not mix examples, as BatchNorm in training does.
       num_microbatches: n. Exactly one of this and the next.
       microbatch_size: at most this many examples at once.
       batch_argnums: the positional argument or arguments to split; every leaf leads with the batch axis.
@@ -65,11 +65,7 @@ def chunked(
         carry=None,
     )
 
-    @functools.wraps(fn, assigned=("__name__", "__qualname__", "__doc__"), updated=())
-    def chunked_fn(*args: Any, **kwargs: Any) -> Any:
-        call, layout = split_call(roles, args, kwargs)
-        n = resolve_num_microbatches(batch_size_of(call.batch), num_microbatches, microbatch_size)
-
+    def whole_batch(layout: Layout, n: int, call: Call) -> PyTree:
         def call_fn(micro_batch, index):
             key = jax.tree.map(lambda key: jax.random.fold_in(key, index), call.key)
             args, kwargs = join_call(layout, call._replace(batch=micro_batch, key=key))
@@ -77,16 +73,28 @@ def chunked(
 
         return _map_stacks(call_fn, split(call.batch, n))
 
+    compiled = jit_call(whole_batch)
+
+    @functools.wraps(fn, assigned=("__name__", "__qualname__", "__doc__"), updated=())
+    def chunked_fn(*args: Any, **kwargs: Any) -> Any:
+        call, layout = split_call(roles, args, kwargs)
+        n = resolve_num_microbatches(batch_size_of(call.batch), num_microbatches, microbatch_size)
+        return compiled(layout, n, call)
+
     return chunked_fn
 
 
 def _map_stacks(call_fn: Callable[[PyTree, jax.Array], PyTree], stacks: list[PyTree]) -> PyTree:
     """Scans `call_fn(micro_batch, index)` over one or two stacks of micro-batches."""
+
+    def call_first(micro_batch: PyTree) -> PyTree:
+        return call_fn(micro_batch, jnp.int32(0))
+
     reduced, stacked, first = None, [], 0
     for stack in stacks:
         micro_batch = jax.tree.map(lambda x: x[0], stack)
-        call_first = functools.partial(call_fn, index=jnp.int32(0))
         bare = describe_bare(call_first, micro_batch, jax.eval_shape(call_first, micro_batch))
+        _check_rows(bare)
 
         # Inside a scan nothing can be merged across the recomputation: no need to prevent it.
         @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -106,3 +114,13 @@ def _map_stacks(call_fn: Callable[[PyTree, jax.Array], PyTree], stacks: list[PyT
         stacked.append(rows)
         first += count
     return reductions.merge_aux(reductions.finish(reduced), reductions.rows(stacked))
+
+
+def _check_rows(bare: list[AuxLeaf]) -> None:
+    """Raises for an output that says nothing of how it combines."""
+    for leaf in bare:
+        if leaf.shape == leaf.doubled_shape:
+            raise TypeError(
+                "expected every output to have one axis that is the batch's, or to be wrapped in "
+                f"{reductions.CHOICES}; output{leaf.path} has shape {leaf.shape} for any number of examples."
+            )

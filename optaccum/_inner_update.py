@@ -9,6 +9,7 @@ import optax
 from jax import lax
 
 from optaccum._avals import keep_avals
+from optaccum._check_state import explain_inner_state
 from optaccum._micro_step import is_float0, without_float0
 
 InnerUpdate = Callable[
@@ -32,6 +33,9 @@ def make_inner_update(
 
     Returns:
       The function, and a pytree of `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: `inner_state` is not `inner`'s; it says where. At the first call, not when a window ends.
     """
     has_float0 = any(map(is_float0, jax.tree.leaves(grads)))
     like = without_float0(grads, params)
@@ -43,10 +47,19 @@ def make_inner_update(
         return updates, inner_state
 
     def strongly_typed_updates(gradient, inner_state, params):
-        updates, _ = update(gradient, inner_state, params, extra_args)
+        updates, new_inner_state = update(gradient, inner_state, params, extra_args)
+        keep_avals(new_inner_state, inner_state, "the inner optimizer's state")
         return jax.tree.map(lambda u: lax.convert_element_type(u, jnp.result_type(u)), updates)
 
-    updates_like = jax.eval_shape(strongly_typed_updates, like, inner_state, params)
+    try:
+        updates_like = jax.eval_shape(strongly_typed_updates, like, inner_state, params)
+    except Exception as error:
+        if (difference := explain_inner_state(inner, inner_state, params)) is None:
+            raise
+        raise ValueError(
+            f"the inner optimizer's state is not one that it makes for these parameters: {difference}. "
+            "Restore it with the optimizer that it was saved with, or start from init."
+        ) from error
 
     def inner_update(gradient, inner_state, params, averages):
         updates, inner_state = update(gradient, inner_state, params, extra_args | averages)

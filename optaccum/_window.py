@@ -15,6 +15,7 @@ from jax import lax
 
 from optaccum._accumulate_state import AccumulateState, add_to_total
 from optaccum._avals import keep_avals
+from optaccum._check_state import check_state
 from optaccum._dtypes import AccumulatorDType, at_least_float32
 from optaccum._micro_step import MicroStep
 from optaccum._noise_scale import NoiseScaleState, average_in, estimate_noise, squared_norm
@@ -39,6 +40,7 @@ def enter(
     options: Options, step: MicroStep, state: AccumulateState, params: optax.Params | None
 ) -> tuple[AccumulateState, jax.Array]:
     """The state with this micro-step in its window, and whether the window is full now; shape=(), bool."""
+    check_state(state, options.accumulator_dtype, options.averaged_extra_args, options.track_noise_scale)
     skip, skip_state = _skip(options, step, state, params)
     first = state.micro_step == 0
 

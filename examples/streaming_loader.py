@@ -199,7 +199,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=positive_int, default=3, help=DEFAULT)
     add("--microbatch-size", type=positive_int, default=8, help=f"paragraphs per call {DEFAULT}")
     add("--ramp", type=positive_int, default=60_000, help=f"bytes after which the window doubles {DEFAULT}")
-    add("--max-k", type=positive_int, default=8, help=f"most micro-batches in a window {DEFAULT}")
+    add("--max-k", type=positive_int, default=12, help=f"most micro-batches in a window {DEFAULT}")
     add("--learning-rate", type=float, default=2e-3, help=f"after 10 updates {DEFAULT}")
     add("--length", type=positive_int, default=128, help=f"most bytes of a row {DEFAULT}")
     add("--layers", type=positive_int, default=2, help=DEFAULT)

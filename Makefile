@@ -9,17 +9,29 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test check format bench docs figures dist clean FORCE
+.PHONY: help quickstart test test-all test-wheel mutants faults check format bench docs figures dist clean FORCE
 
 help: ## Say what can be made
 	@echo "usage: make TARGET [PYTHON=python3] [VENV=.venv] [WORKERS=2]"
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.installed-examples ## Train on real data in three ways, print the comparison, draw it
 	@$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.installed-test ## Run the tests (ARGS="-k name" to choose)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-all: $(VENV)/.installed-test ## Run the tests with the lowest and the newest versions, on each Python, and of a wheel
+	@$(BIN)/python tests/matrix.py $(CELLS) -- $(ARGS)
+
+test-wheel: $(VENV)/.installed-test ## Build a wheel and run a few tests on it
+	@$(BIN)/python tests/matrix.py smoke
+
+mutants: $(VENV)/.installed-test ## Break the package in known ways and see that the tests notice
+	@$(BIN)/python tests/mutations.py $(ARGS)
+
+faults: $(VENV)/.installed-test ## Kill a training program twenty times in a row
+	@OPTACCUM_KILLS=20 $(BIN)/python -m pytest -q tests/test_faults.py $(ARGS)
 
 check: $(VENV)/.installed-dev ## Check formatting, lint and types
 	@$(BIN)/ruff format --check .

@@ -1,0 +1,1 @@
+"""Gradient accumulation beside its peers: `python -m benchmarks` writes RESULTS.md and plots."""

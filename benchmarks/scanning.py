@@ -1,0 +1,205 @@
+"""Scanning: value and gradients of a whole batch, in k micro-batches."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+import optaccum
+from benchmarks import pytorch, sizes as all_sizes
+from benchmarks.measure import MIB, interleave, median, num_bytes, peak_bytes, ratio, temp_bytes
+from benchmarks.report import Section, Table, Target, milliseconds, times
+from benchmarks.sizes import Sizes
+from benchmarks.transformer import loss_fn, make_params, make_tokens
+
+WHOLE, HAND, OPTAX = "no accumulation", "hand-written scan", "optax microbatch"
+OURS, CARRY = "optaccum", "optaccum, in_place=False"
+NAMES = (WHOLE, HAND, OPTAX, OURS, CARRY)
+
+
+def _hand_written(k: int) -> Callable[..., Any]:
+    def grad_fn(params, tokens):
+        def step(total, micro_batch):
+            out = jax.value_and_grad(loss_fn)(params, micro_batch)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, out), None
+
+        zeros = jnp.zeros([]), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+        total, _ = lax.scan(step, zeros, tokens.reshape(k, -1, tokens.shape[1]))
+        return jax.tree.map(lambda x: x / k, total)
+
+    return grad_fn
+
+
+def make_grad_fn(name: str, k: int, batch_size: int) -> Callable[..., Any]:
+    """(params, tokens) -> (loss, gradients)."""
+    if name == WHOLE:
+        return jax.value_and_grad(loss_fn)
+    if name == HAND:
+        return _hand_written(k)
+    if name == OPTAX:
+        mean = optax.microbatching.AccumulationType.MEAN
+        return optax.microbatching.microbatch(jax.value_and_grad(loss_fn), 1, batch_size // k, mean)
+    return optaccum.value_and_grad(loss_fn, num_microbatches=k, in_place=None if name == OURS else False)
+
+
+class Contender(NamedTuple):
+    run: Callable[[], Any]
+    temp: int
+
+
+def make_contender(name: str, k: int, sizes: Sizes, scanned: bool) -> Contender:
+    params, tokens = make_params(sizes, scanned), make_tokens(sizes)
+    compiled = jax.jit(make_grad_fn(name, k, sizes.batch_size)).lower(params, tokens).compile()
+    return Contender(functools.partial(compiled, params, tokens), temp_bytes(compiled))
+
+
+def run(sizes: Sizes) -> Section:
+    tables, targets = [], []
+    for scanned in (True, False):
+        contenders = {name: make_contender(name, sizes.k, sizes, scanned) for name in NAMES}
+        seconds = interleave({name: c.run for name, c in contenders.items()}, sizes.scan_repeats)
+        tables.append(_table(contenders, seconds, sizes, scanned))
+        targets += _targets(contenders, seconds, scanned)
+    compile_table, compile_ratio = _compile_times(sizes)
+    tables.append(compile_table)
+    targets.append(Target(f"compile time, k = {sizes.many} over k = 2", compile_ratio, 1.1))
+    if pytorch.is_installed() and jax.default_backend() == "cpu":
+        tables.append(_overheads(sizes))
+    size = num_bytes(make_params(sizes, True))
+    text = (
+        f"A transformer of {sizes.num_layers} layers, width {sizes.width}, {sizes.dtype} parameters "
+        f"({size / MIB:.0f} MiB), each layer rematerialised; {sizes.batch_size} sequences of {sizes.length} "
+        f"tokens in k = {sizes.k} micro-batches; float32 sums but in `microbatch`, which sums in the "
+        "gradients' own dtype. `microbatch` is given `AccumulationType.MEAN`, its default being the sum. "
+        "No accumulation is the whole batch at once."
+    )
+    return Section("Scanning", text, tables, targets)
+
+
+def _table(
+    contenders: dict[str, Contender], seconds: dict[str, list[float]], sizes: Sizes, scanned: bool
+) -> Table:
+    on_gpu = jax.default_backend() != "cpu"
+    header = [
+        "scanned layers" if scanned else "unrolled layers",
+        "time",
+        "× hand-written",
+        "temp",
+        "× hand-written",
+    ]
+    header += ["device peak"] if on_gpu else []
+    rows = []
+    for name, contender in contenders.items():
+        cells = [name, milliseconds(median(seconds[name])), times(ratio(seconds, name, HAND))]
+        cells += [f"{contender.temp / MIB:.1f} MiB", times(contender.temp / contenders[HAND].temp)]
+        cells += [_peak(name, scanned)] if on_gpu else []
+        rows.append(tuple(cells))
+    return Table(tuple(header), rows)
+
+
+def _targets(
+    contenders: dict[str, Contender], seconds: dict[str, list[float]], scanned: bool
+) -> list[Target]:
+    kind = "scanned layers" if scanned else "unrolled layers"
+    memory = [contenders[OURS].temp / contenders[other].temp for other in (OPTAX, HAND)]
+    time_limit, memory_limit = (1.05, 0.4) if scanned else (1.05, 1.0)
+    slower = max(ratio(seconds, OURS, other) for other in (OPTAX, HAND))
+    return [
+        Target(f"{kind}: temp over microbatch", memory[0], memory_limit),
+        Target(f"{kind}: temp over the hand-written scan", memory[1], memory_limit),
+        Target(f"{kind}: time over the better of the two", slower, time_limit),
+    ]
+
+
+def _compile_times(sizes: Sizes) -> tuple[Table, float]:
+    """Seconds to trace and compile, few micro-batches and many; the better of two tries."""
+    small = sizes._replace(batch_size=sizes.many, length=4, num_layers=2, width=32, vocabulary=64)
+    params, tokens = make_params(small, True), make_tokens(small)
+
+    def seconds(k):
+        def once():
+            begin = time.perf_counter()
+            jax.jit(make_grad_fn(OURS, k, small.batch_size)).lower(params, tokens).compile()
+            return time.perf_counter() - begin
+
+        return min(once() for _ in range(min(3, sizes.scan_repeats)))
+
+    few, many = seconds(2), seconds(sizes.many)
+    header = ("optaccum, a small transformer", "k = 2", f"k = {sizes.many}")
+    return Table(header, [("time to compile", milliseconds(few), milliseconds(many))]), many / few
+
+
+def _overheads(sizes: Sizes) -> Table:
+    """A whole training step in k micro-batches over the same step un-accumulated, for JAX and for PyTorch."""
+    optimizer = optax.adamw(1e-3)
+    params, tokens = make_params(sizes, False), make_tokens(sizes)
+
+    def jax_step(name):
+        def step(params, state, tokens):
+            _, grads = make_grad_fn(name, sizes.k, sizes.batch_size)(params, tokens)
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        held = [jax.tree.map(jnp.copy, params), optimizer.init(params)]
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*held, tokens).compile()
+
+        def run_step():
+            held[:] = compiled(*held, tokens)
+            return held
+
+        return run_step
+
+    steps = {f"JAX, {name}": jax_step(name) for name in (WHOLE, OURS)}
+    steps |= {f"PyTorch, {name}": step for name, step in pytorch.training_steps(sizes).items()}
+    seconds = interleave(steps, sizes.scan_repeats)
+    rows = []
+    for over, under in ((f"JAX, {OURS}", f"JAX, {WHOLE}"), ("PyTorch, accumulated", "PyTorch, at once")):
+        both = [milliseconds(median(seconds[name])) for name in (under, over)]
+        rows.append((over.partition(",")[0], *both, times(ratio(seconds, over, under))))
+    header = ("a training step, unrolled layers, AdamW", "at once", f"k = {sizes.k}", "overhead")
+    return Table(header, rows)
+
+
+def sweep(sizes: Sizes) -> dict[str, Any]:
+    """Seconds and temp bytes against k."""
+    names = (OPTAX, HAND, OURS)
+    out: dict[str, Any] = {"names": names, "k": [], "parameters": num_bytes(make_params(sizes, True)) / MIB}
+    for k in sizes.sweep_k:
+        if k > sizes.batch_size:
+            continue
+        contenders = {name: make_contender(name, k, sizes, True) for name in names}
+        seconds = interleave({name: c.run for name, c in contenders.items()}, min(3, sizes.scan_repeats))
+        out["k"].append(
+            (
+                k,
+                {name: median(seconds[name]) for name in names},
+                {name: contenders[name].temp / MIB for name in names},
+            )
+        )
+    return out
+
+
+def _peak(name: str, scanned: bool) -> str:
+    """The device's peak memory in a process that runs this contender alone."""
+    command = [sys.executable, "-m", "benchmarks.scanning", name, str(int(scanned))]
+    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    if done.returncode:
+        return "out of memory" if "RESOURCE_EXHAUSTED" in done.stderr else "failed"
+    peak = json.loads(done.stdout.splitlines()[-1])
+    return "unknown" if peak is None else f"{peak / MIB:.0f} MiB"
+
+
+if __name__ == "__main__":
+    contender = make_contender(sys.argv[1], all_sizes.GPU.k, all_sizes.GPU, bool(int(sys.argv[2])))
+    jax.block_until_ready(contender.run())
+    print(json.dumps(peak_bytes()))

@@ -1,0 +1,203 @@
+"""Streaming: what a window of k micro-steps costs beside the gradients themselves."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optaccum
+from benchmarks import pytorch
+from benchmarks.measure import MIB, copies, interleave, median, num_bytes, ratio, temp_bytes
+from benchmarks.report import Section, Table, Target, milliseconds, times
+from benchmarks.sizes import Sizes
+
+MULTI, HAND, OURS = "optax.MultiSteps", "hand-written pair", "apply_gradients"
+STANDARD, OPTIONS, TORCH = "update + apply_updates", "apply_gradients, options on", "PyTorch, in place"
+INNER = {"AdamW": lambda: optax.adamw(1e-3), "Muon": lambda: optax.contrib.muon(1e-3)}
+
+
+class Contender(NamedTuple):
+    window: Callable[[], Any]
+    temp: int | None  # bytes, of the larger program
+
+
+def make_params(width: int, num_layers: int) -> dict[str, Any]:
+    """12 * width^2 parameters for each layer, in the shapes of a transformer's."""
+    shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width)}
+    shapes["down"] = (4 * width, width)
+    keys = iter(jax.random.split(jax.random.key(0), num_layers * len(shapes)))
+    return {
+        f"layer{i}": {name: jax.random.normal(next(keys), shape) * 0.02 for name, shape in shapes.items()}
+        for i in range(num_layers)
+    }
+
+
+def _windows(step: Any, state: Any, grads: Any, params: Any, k: int, *args: Any) -> Contender:
+    """Windows of k calls of `step(params, state, grads, *args) -> (params, state)`.
+
+    Donated arguments come in the order in which they return: JAX pairs buffers of one shape in order, and
+    parameters that return in the buffer of a sum cost copies.
+    """
+    held = [copies(params), state]
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*held, grads, *args).compile()
+
+    def window():
+        for _ in range(k):
+            held[:] = compiled(*held, grads, *args)
+        return held
+
+    return Contender(window, temp_bytes(compiled))
+
+
+def _standard(tx: Any, k: int, grads: Any, params: Any) -> Contender:
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return _windows(step, tx.init(params), grads, params, k)
+
+
+def _ours(tx: Any, k: int, grads: Any, params: Any, *args: Any) -> Contender:
+    def step(params, state, grads, *args):
+        extra = dict(zip(("weight", "value"), args, strict=False))
+        return optaccum.apply_gradients(tx, grads, state, params, **extra)
+
+    return _windows(step, tx.init(params), grads, params, k, *args)
+
+
+def _hand_written(inner: Any, k: int, grads: Any, params: Any) -> Contender:
+    """What one writes without a library: a function that adds, and one that updates and clears the sum."""
+
+    def add(grad_sum, grads):
+        return jax.tree.map(jnp.add, grad_sum, grads)
+
+    def update(params, state, grad_sum):
+        updates, state = inner.update(jax.tree.map(lambda g: g * (1 / k), grad_sum), state, params)
+        return optax.apply_updates(params, updates), state, jax.tree.map(jnp.zeros_like, grad_sum)
+
+    held = [copies(params), inner.init(params), jax.tree.map(jnp.zeros_like, params)]
+    add = jax.jit(add, donate_argnums=0).lower(held[2], grads).compile()
+    update = jax.jit(update, donate_argnums=(0, 1, 2)).lower(*held).compile()
+
+    def window():
+        for _ in range(k):
+            held[2] = add(held[2], grads)
+        held[:] = update(*held)
+        return held
+
+    return Contender(window, max(map(temp_bytes, (add, update))))
+
+
+def make_contenders(
+    inner: Any, k: int, width: int, num_layers: int, names: tuple[str, ...]
+) -> dict[str, Contender]:
+    params = make_params(width, num_layers)
+    grads = jax.tree.map(lambda x: x * 0.01, params)
+    accumulate = optaccum.accumulate
+    with_options = {"should_skip_update_fn": optax.skip_not_finite, "averaged_extra_args": ("value",)}
+    makers = {
+        MULTI: lambda: _standard(optax.MultiSteps(inner, k), k, grads, params),
+        HAND: lambda: _hand_written(inner, k, grads, params),
+        OURS: lambda: _ours(accumulate(inner, k), k, grads, params),
+        STANDARD: lambda: _standard(accumulate(inner, k), k, grads, params),
+        OPTIONS: lambda: _ours(
+            accumulate(inner, k, **with_options), k, grads, params, jnp.float32(3), jnp.float32(1)
+        ),
+    }
+    return {name: makers[name]() for name in names}
+
+
+def run(sizes: Sizes) -> Section:
+    tables, targets = [], []
+    with_torch = {}
+    if jax.default_backend() == "cpu" and pytorch.is_installed():
+        with_torch = {
+            TORCH: Contender(
+                pytorch.streaming_window(make_params(sizes.stream_width, sizes.stream_layers), sizes.k), None
+            )
+        }
+    for name, width in {"AdamW": sizes.stream_width, "Muon": sizes.muon_width}.items():
+        names = (MULTI, HAND, OURS, STANDARD, OPTIONS) if name == "AdamW" else (MULTI, HAND, OURS, STANDARD)
+        contenders = make_contenders(INNER[name](), sizes.k, width, sizes.stream_layers, names)
+        size = num_bytes(make_params(width, sizes.stream_layers))
+        contenders |= with_torch if name == "AdamW" else {}
+        seconds = interleave({n: c.window for n, c in contenders.items()}, sizes.stream_repeats)
+        tables.append(_table(name, size, contenders, seconds))
+        targets += _targets(name, size, contenders, seconds)
+    text = (
+        f"A window of k = {sizes.k} micro-steps and one update, float32, gradients given, arguments donated. "
+        "Temp is what the compiled program allocates beside its arguments and results, in copies of the "
+        "parameters. The hand-written pair is `add` and `update` (which clears the sum), jitted apart. "
+        "Options on: weights, `skip_not_finite` and an averaged extra argument. PyTorch adds each gradient in "
+        "place (`torch._foreach_add_`) and runs the fused AdamW every k-th time, with the same threads."
+    )
+    return Section("Streaming", text, tables, targets)
+
+
+def _table(name: str, size: int, contenders: dict[str, Contender], seconds: dict[str, list[float]]) -> Table:
+    header = (f"{name}, {size / 4e6:.1f} M parameters", "window", "× hand-written", "MultiSteps ×", "temp")
+    rows = []
+    for contender, (_, temp) in contenders.items():
+        rows.append(
+            (
+                contender,
+                milliseconds(median(seconds[contender])),
+                times(ratio(seconds, contender, HAND)),
+                times(ratio(seconds, MULTI, contender)),
+                "" if temp is None else f"{temp / size:.2f}",
+            )
+        )
+    return Table(header, rows)
+
+
+def _targets(
+    name: str, size: int, contenders: dict[str, Contender], seconds: dict[str, list[float]]
+) -> list[Target]:
+    if name == "Muon":
+        text = "Muon: MultiSteps over apply_gradients"
+        return [Target(text, ratio(seconds, MULTI, OURS), 6, at_most=False)]
+    targets = [
+        Target("apply_gradients over the hand-written pair", ratio(seconds, OURS, HAND), 1.05),
+        Target("MultiSteps over apply_gradients", ratio(seconds, MULTI, OURS), 12, at_most=False),
+        Target("apply_gradients: temp, parameter copies", contenders[OURS].temp / size, 0.05),
+        Target("MultiSteps over update + apply_updates", ratio(seconds, MULTI, STANDARD), 2.5, at_most=False),
+        Target("update + apply_updates: temp, parameter copies", contenders[STANDARD].temp / size, 1.01),
+        Target("options on over off", ratio(seconds, OPTIONS, OURS), 1.1),
+        Target("options on: temp, parameter copies", contenders[OPTIONS].temp / size, 0.05),
+    ]
+    if TORCH in seconds:
+        targets.append(Target("apply_gradients over PyTorch in place", ratio(seconds, OURS, TORCH), 1.3))
+    return targets
+
+
+def sweep(sizes: Sizes) -> dict[str, Any]:
+    """Seconds per window and temp bytes, against k and against parameters, of AdamW."""
+    names = (MULTI, STANDARD, HAND, OURS)
+    middle = sizes.sweep_widths[len(sizes.sweep_widths) // 2]
+    out: dict[str, Any] = {
+        "names": names,
+        "k": [],
+        "parameters": [],
+        "middle": _num_parameters(middle, sizes),
+    }
+    for k in sizes.sweep_k:
+        out["k"].append((k, *_point(k, middle, names, sizes)))
+    for width in sizes.sweep_widths:
+        out["parameters"].append((_num_parameters(width, sizes), *_point(sizes.k, width, names, sizes)))
+    return out
+
+
+def _num_parameters(width: int, sizes: Sizes) -> int:
+    return 12 * width**2 * sizes.stream_layers
+
+
+def _point(k: int, width: int, names: tuple[str, ...], sizes: Sizes) -> tuple[dict, dict]:
+    contenders = make_contenders(INNER["AdamW"](), k, width, sizes.stream_layers, names)
+    repeats = min(3, sizes.stream_repeats)
+    seconds = interleave({name: c.window for name, c in contenders.items()}, repeats)
+    return (
+        {name: median(seconds[name]) for name in names},
+        {name: contenders[name].temp / MIB for name in names},
+    )

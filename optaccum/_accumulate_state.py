@@ -99,7 +99,8 @@ def weight_total(opt_state: Any) -> float:
       opt_state: a state of `optaccum.accumulate`, or any pytree that holds some. Concrete: not inside jit.
 
     Returns:
-      A float on the host, exact up to 2^48 where the weights are integers; of several states, the least.
+      A float on the host, exact up to 2^48 where the weights are integers and those of one window stay below
+      2^24 (beyond, each window is right to float32); of several states, the least.
 
     Raises:
       ValueError: `opt_state` holds no `AccumulateState`.

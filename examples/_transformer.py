@@ -121,7 +121,7 @@ class Transformer(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]: Flax types it too narrowly
             length=size.layers,
         )
         init = nn.initializers.normal(0.02)

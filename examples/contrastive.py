@@ -108,10 +108,11 @@ def info_nce(left: jax.Array, right: jax.Array) -> jax.Array:
 
 def make_ways(model: Towers, num_microbatches: int) -> list[Way]:
     """The three ways, the whole batch first."""
-    encode = optaccum.chunked(model.apply, num_microbatches=num_microbatches)
+    embed: Any = model.apply
+    encode = optaccum.chunked(embed, num_microbatches=num_microbatches)
 
     def whole_loss(params, pairs):
-        return info_nce(*model.apply(params, pairs))
+        return info_nce(*embed(params, pairs))
 
     def chunked_loss(params, pairs):
         return info_nce(*encode(params, pairs))
@@ -271,13 +272,15 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     ways = make_ways(model, args.microbatches)
     steps = [compile_step(way, tx, params, tx.init(params), batch) for way in ways]
 
+    embed: Any = model.apply
+
     @jax.jit
     def test_fn(params, reference):
-        return info_nce(*model.apply(params, test)), distance(params, reference)
+        return info_nce(*embed(params, test)), distance(params, reference)
 
     @jax.jit
     def found_fn(params):
-        left, right = model.apply(params, test)
+        left, right = embed(params, test)
         return ((left @ right.T).argmax(1) == jnp.arange(TEST_SIZE)).mean()
 
     # Each way has its own copy of the parameters, since steps donate them.

@@ -83,7 +83,8 @@ def loss_terms(model: Transformer, params: PyTree, batch: Any) -> dict[str, opta
     """Terms that add up, each with its own denominator: bytes predicted, tokens routed, documents."""
     inputs, targets = batch[:, :-1].astype(jnp.int32), batch[:, 1:].astype(jnp.int32)
     is_token = targets != 0
-    logits, routers = model.apply(params, inputs, is_token)
+    outputs: Any = model.apply(params, inputs, is_token)
+    logits, routers = outputs
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     is_predicted = is_token & (jnp.arange(targets.shape[1]) >= PROMPT)
     total = jnp.where(is_predicted, losses, 0.0).sum()

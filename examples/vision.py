@@ -235,7 +235,12 @@ def train(
 def accuracy(model: Classifier, training: Training, images: Images, batch_size: int) -> float:
     """On as many images at once as a micro-batch has, with the running statistics."""
     variables = {"params": training.params, "batch_stats": training.batch_stats}
-    predict = jax.jit(lambda pixels: model.apply(variables, pixels, train=False).argmax(-1))
+
+    @jax.jit
+    def predict(pixels):
+        logits: Any = model.apply(variables, pixels, train=False)
+        return logits.argmax(-1)
+
     correct = 0
     for start in range(0, len(images.labels), batch_size):
         rows = slice(start, start + batch_size)
@@ -317,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     print(planned)
 
     apart = ("figure", "checkpoints", "checkpoint_every", "memory")
-    settings = {key: str(value) for key, value in vars(args).items() if key not in apart}
+    settings: dict[str, Any] = {key: str(value) for key, value in vars(args).items() if key not in apart}
     settings["num_microbatches"] = planned.num_microbatches  # part of a model with BatchNorm
     step = make_step_fn(planned.num_microbatches)
     training, losses = train(step, training, images, args, settings)

@@ -18,6 +18,11 @@ InnerUpdate = Callable[
 ]
 """(gradient, inner_state, params, averaged extra args) -> (updates, inner_state)."""
 
+_TOO_WIDE = (
+    "The inner optimizer takes the gradients that came, but not their mean, which is wider. Give "
+    "optaccum.accumulate accumulator_dtype=None, or keep the parameters in float32."
+)
+
 
 def make_inner_update(
     inner: optax.GradientTransformationExtraArgs,
@@ -62,7 +67,12 @@ def make_inner_update(
         ) from error
 
     def inner_update(gradient, inner_state, params, averages):
-        updates, inner_state = update(gradient, inner_state, params, extra_args | averages)
+        try:
+            updates, inner_state = update(gradient, inner_state, params, extra_args | averages)
+        except TypeError as error:
+            if jax.tree.map(jnp.result_type, gradient) != jax.tree.map(jnp.result_type, like):
+                error.add_note(_TOO_WIDE)
+            raise
         return keep_avals(updates, updates_like, "the inner optimizer's updates"), inner_state
 
     return inner_update, updates_like

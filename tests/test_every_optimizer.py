@@ -5,7 +5,6 @@ outside jit both sides then run the same operations. A transformation that Optax
 here until it is classified. (One file: the table is most of it.)
 """
 
-import contextlib
 import functools
 import inspect
 
@@ -334,5 +333,11 @@ def test_a_gradient_wider_than_the_parameters_is_refused_by_optax_itself(name):
         for grads, refused in ((params, False), (optax.tree.cast(params, jnp.float32), True)):
             update = functools.partial(transformation.update, **extra)
             refused |= transformation is not inner  # whose means are float32
-            with pytest.raises((TypeError, FutureWarning)) if refused else contextlib.nullcontext():
+            error = None
+            try:
                 jax.eval_shape(update, grads, transformation.init(params), params)
+            except (TypeError, FutureWarning) as raised:
+                error = raised
+            assert (error is not None) == refused
+            if grads is params and isinstance(error, TypeError):
+                assert any("accumulator_dtype=None" in note for note in error.__notes__)

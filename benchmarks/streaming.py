@@ -130,8 +130,8 @@ def run(sizes: Sizes) -> Section:
         f"A window of k = {sizes.k} micro-steps and one update, float32, gradients given, arguments donated. "
         "Temp is what the compiled program allocates beside its arguments and results, in copies of the "
         "parameters. The hand-written pair is `add` and `update` (which clears the sum), jitted apart. "
-        "Options on: weights, `skip_not_finite` and an averaged extra argument. PyTorch adds each gradient in "
-        "place (`torch._foreach_add_`) and runs the fused AdamW every k-th time, with the same threads."
+        "Options on: weights, `skip_not_finite` and an averaged extra argument. PyTorch adds each gradient "
+        "in place (`torch._foreach_add_`) and runs the fused AdamW every k-th time, with the same threads."
     )
     return Section("Streaming", text, tables, targets)
 

@@ -25,7 +25,7 @@ from optaccum._reductions import (
 )
 from optaccum._schedule import by_weight as by_weight
 from optaccum._value_and_grad import grad as grad, value_and_grad as value_and_grad
-from optaccum._whole_batch import Info as Info
 from optaccum._verify import VerifyReport as VerifyReport, verify as verify
+from optaccum._whole_batch import Info as Info
 
 __version__ = "0.1.0"

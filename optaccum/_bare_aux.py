@@ -72,8 +72,8 @@ def describe_bare(call: Callable[[PyTree], PyTree], micro_batch: PyTree, aux: Py
         )
     except Exception as error:
         error.add_note(
-            f"optaccum traced the loss with {2 * size} examples instead of {size}, to see which axis of aux{bare[0][0]} "
-            f"is the batch's. Wrap the bare leaves of aux in {CHOICES}, and it need not."
+            f"optaccum traced the loss with {2 * size} examples instead of {size}, to see which axis of aux{bare[0][0]}"
+            f" is the batch's. Wrap the bare leaves of aux in {CHOICES}, and it need not."
         )
         raise
     if [path for path, _ in bare] != [path for path, _ in twice]:

@@ -1,7 +1,7 @@
 """One call's arguments, each by its role."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
 
 def as_indices(argnums: int | Sequence[int], name: str) -> tuple[int, ...]:
     """An int or a sequence of ints as a tuple."""
-    indices = (argnums,) if hasattr(argnums, "__index__") else tuple(argnums)  # pyright: ignore[reportArgumentType]
+    indices: tuple[Any, ...] = tuple(argnums) if isinstance(argnums, Iterable) else (argnums,)
     if not indices or any(isinstance(i, bool) or not hasattr(i, "__index__") for i in indices):
         raise TypeError(f"expected {name} to be an int or a non-empty sequence of ints; got {argnums!r}.")
     return tuple(int(i) for i in indices)

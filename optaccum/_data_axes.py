@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 PyTree = Any
@@ -54,6 +55,13 @@ def zeros_of(structs: PyTree) -> PyTree:
     return vary_like(jax.tree.map(zeros, structs), structs)
 
 
+def _sharding(x: jax.Array) -> NamedSharding:
+    """A concrete array's own where it names a mesh, else what its type shows."""
+    if not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding):
+        return x.sharding
+    return jax.typeof(x).sharding
+
+
 def find_mesh(args: PyTree, axes: tuple[str, ...]) -> Any:
     """The mesh that has all these axes: that of the arguments, else the one that `jax.set_mesh` set.
 
@@ -65,10 +73,7 @@ def find_mesh(args: PyTree, axes: tuple[str, ...]) -> Any:
     meshes = []
     for x in jax.tree.leaves(args):
         if isinstance(x, jax.Array):
-            sharding = jax.typeof(x).sharding
-            if isinstance(getattr(x, "sharding", None), NamedSharding) and not isinstance(x, jax.core.Tracer):
-                sharding = x.sharding
-            meshes.append(sharding.mesh)
+            meshes.append(_sharding(x).mesh)
     meshes.append(jax.sharding.get_abstract_mesh())
     meshes = [mesh for mesh in meshes if not mesh.empty]
     for mesh in meshes:
@@ -108,8 +113,7 @@ def check_layout(replicated: PyTree, batch_size: int, mesh: Any, axes: tuple[str
     for path, x in jax.tree_util.tree_leaves_with_path(replicated):
         if not isinstance(x, jax.Array):
             continue
-        concrete = not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding)
-        spec = x.sharding.spec if concrete else jax.typeof(x).sharding.spec
+        spec = _sharding(x).spec
         if set(axes) & {name for entry in spec for name in _names(entry)}:
             raise ValueError(
                 f"expected only the batch to be sharded over data_axes={axes}; got {spec} at "

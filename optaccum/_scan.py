@@ -122,7 +122,8 @@ def in_place_form(
         all_refs = [
             jax.new_ref(jnp.zeros_like(x)) if r is None else r for r, x in zip(refs, wide, strict=True)
         ]
-        vjp.with_refs(all_refs)(_cotangents(operands, totals))
+        with_refs: Any = vjp.with_refs  # pyright: ignore[reportFunctionMemberAccess]: typed as a plain callable
+        with_refs(all_refs)(_cotangents(operands, totals))
         own = [jax.freeze(new) if r is None else None for r, new in zip(refs, all_refs, strict=True)]
         reduced, stacked = reductions.divide_aux(aux)
         new = _add(sums, Terms(totals, weights), reduced, carry, num_examples)

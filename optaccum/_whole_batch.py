@@ -181,7 +181,8 @@ def _choose_form(
     obstacle, cause = _obstacle(loop_options, losses, operands)
     if obstacle and options.in_place:
         raise ValueError(
-            f"in_place=True cannot be honoured: {obstacle}. Leave in_place out to fall back to a second gradient buffer."
+            f"in_place=True cannot be honoured: {obstacle}. Leave in_place out to fall back to a second "
+            "gradient buffer."
         ) from cause
     return not obstacle
 

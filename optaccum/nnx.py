@@ -60,9 +60,13 @@ def value_and_grad(
     """
     if "carry_argnum" in options:
         raise TypeError("expected no carry_argnum: the model's own state is what is carried.")
-    argnum, wrt = (argnums.argnum, argnums.filter) if isinstance(argnums, nnx.DiffState) else (argnums, nnx.Param)
+    argnum, wrt = (
+        (argnums.argnum, argnums.filter) if isinstance(argnums, nnx.DiffState) else (argnums, nnx.Param)
+    )
     if argnum != 0 or isinstance(argnum, bool):
-        raise ValueError(f"expected the model to come first, argnums=0 or nnx.DiffState(0, ...); got {argnums!r}.")
+        raise ValueError(
+            f"expected the model to come first, argnums=0 or nnx.DiffState(0, ...); got {argnums!r}."
+        )
     data_axes = options.get("data_axes") or ()
     data_axes = (data_axes,) if isinstance(data_axes, str) else tuple(data_axes)
 

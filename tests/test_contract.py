@@ -36,7 +36,11 @@ SCANNING = [
 ]
 INSTRUMENTS = ["count_collectives", "noise_scale", "plan_microbatches", "verify"]
 PUBLIC = sorted(STREAMING + SCANNING + INSTRUMENTS)
-RETURNED = ["CollectiveCounts", "MicrobatchPlan", "VerifyReport"]  # types that a user meets, and may want to name
+RETURNED = [
+    "CollectiveCounts",
+    "MicrobatchPlan",
+    "VerifyReport",
+]  # types that a user meets, and may want to name
 
 
 def _sources() -> list[pathlib.Path]:

@@ -18,12 +18,12 @@ def test_micro_batches_are_strided_and_in_order(batch_size, n):
     }
     stacks = split(batch, n)
     micro_batches = [
-        jax.tree.map(lambda x: x[i], stack) for stack in stacks for i in range(stack["i"].shape[0])
+        jax.tree.map(lambda x, i=i: x[i], stack) for stack in stacks for i in range(stack["i"].shape[0])
     ]
     assert len(micro_batches) == n
     assert len(stacks) == (1 if batch_size % n == 0 else 2)
     for i, micro_batch in enumerate(micro_batches):
-        assert_trees_equal(micro_batch, jax.tree.map(lambda x: x[i::n], batch))
+        assert_trees_equal(micro_batch, jax.tree.map(lambda x, i=i: x[i::n], batch))
     sizes = [len(m["i"]) for m in micro_batches]
     assert sum(sizes) == batch_size
     assert max(sizes) - min(sizes) <= 1

@@ -70,7 +70,7 @@ def test_value_and_gradients_are_the_whole_batchs(loss_fn, n):
 
 @pytest.mark.parametrize("loss_fn", [mean_loss, token_loss, terms_loss])
 def test_the_mean_of_means_is_something_else(loss_fn):
-    parts = [whole(loss_fn)(PARAMS, jax.tree.map(lambda x: x[i::4], BATCH)) for i in range(4)]
+    parts = [whole(loss_fn)(PARAMS, jax.tree.map(lambda x, i=i: x[i::4], BATCH)) for i in range(4)]
     mean_of_means = jax.tree.map(lambda *xs: sum(xs) / 4, *parts)
     with pytest.raises(AssertionError):
         assert_trees_close(mean_of_means, whole(loss_fn)(PARAMS, BATCH), rtol=1e-3, atol=1e-4)

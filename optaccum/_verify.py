@@ -114,7 +114,8 @@ def verify(
     sizes = options.get("num_microbatches"), options.get("microbatch_size")
     check_split_options(*sizes)
     call, layout = split_call(_roles(options), args, {})
-    n = resolve_num_microbatches(batch_size_of(call.batch), *sizes)
+    batch_size = batch_size_of(call.batch)
+    n = resolve_num_microbatches(batch_size, *sizes)
     value, grads, *_ = value_and_grad(loss_fn, **options)(*args)
     accumulated = (value[0] if options.get("has_aux") else value), grads
 
@@ -127,7 +128,8 @@ def verify(
         loss_of, gradient_of = _in_one_micro_batch(loss_fn, options, layout)
         whole, num_devices = gradient_of(call), math.prod(axes.values())
 
-    compute = _compute_tolerance(loss_fn, layout, call, axes)
+    one_device = call if num_devices == 1 else take_rows(call, np.arange(batch_size // num_devices))
+    compute = _compute_tolerance(loss_fn, layout, one_device, axes)
     eps = max(float(jnp.finfo(g.dtype).eps) for g in jax.tree.leaves(grads))
     tolerance = compute + n**0.5 * eps if rtol is None else float(rtol)
     fraction = max(_FLOOR, compute)

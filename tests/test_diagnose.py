@@ -190,9 +190,10 @@ def test_the_report_names_the_cause_and_the_way_out_and_the_loss_put_right_passe
     if name in RATIOS:
         assert report.value_ratio == pytest.approx(RATIOS[name])
 
-    report = optaccum.verify(put_right, params, batch, num_microbatches=4)
-    assert report.ok, str(report)
-    assert not report.cause
+    if put_right is not mean_loss or name == "sum":  # once will do
+        report = optaccum.verify(put_right, params, batch, num_microbatches=4)
+        assert report.ok, str(report)
+        assert not report.cause
 
 
 def test_the_cause_does_not_hang_on_an_even_split(params, batch):

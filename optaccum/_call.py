@@ -53,7 +53,7 @@ def split_call(roles: Roles, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     Raises:
       ValueError: where an index is out of range, or one argument has two roles.
     """
-    roles = _resolve(roles, len(args))
+    roles = resolve_roles(roles, len(args))
     by_role = {*roles.diff, *roles.batch, roles.key, roles.carry}
     others = [None if i in by_role else arg for i, arg in enumerate(args)]
     leaves, structure = jax.tree.flatten((others, kwargs))
@@ -89,7 +89,7 @@ def join_call(layout: Layout, call: Call) -> tuple[list[Any], dict[str, Any]]:
 
 
 def jit_call(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles `fn(layout, *static, call)` once per layout, static arguments and shapes."""
+    """Compiles `fn(layout, static, call)` once for each layout, static argument and shapes."""
 
     @functools.wraps(fn)
     def call_fn(layout, static, call):
@@ -98,20 +98,27 @@ def jit_call(fn: Callable[..., Any]) -> Callable[..., Any]:
         except (
             TypeError
         ):  # an argument that is neither an array nor hashable: nothing to look a program up by
-            return fn(layout, static, call)
+            return jax.jit(functools.partial(fn, layout, static))(call)
         return jitted(layout, static, call)
 
     jitted = jax.jit(fn, static_argnums=(0, 1))
     return call_fn
 
 
-def _resolve(roles: Roles, num_args: int) -> Roles:
+def resolve_roles(roles: Roles, num_args: int | None = None) -> Roles:
+    """Indices into `num_args` arguments; before there are any, as given.
+
+    Raises:
+      ValueError: where an index is out of range, or one argument has two roles.
+    """
     owner: dict[int, str] = {}
 
     def resolve(i, name):
-        index = i + num_args if i < 0 else i
-        if not 0 <= index < num_args:
-            raise ValueError(f"expected {name} within the {num_args} positional arguments; got {i}.")
+        index = i + num_args if i < 0 and num_args is not None else i
+        if num_args is not None and not 0 <= index < num_args:
+            raise ValueError(
+                f"expected {name} within the {num_args} positional arguments; got {i}. Pass that argument by position."
+            )
         if index in owner:
             raise ValueError(
                 f"expected each argument to have one role; argument {index} has two, {owner[index]} and {name}."

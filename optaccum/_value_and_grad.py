@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from optaccum._call import Roles, as_indices, jit_call, split_call
+from optaccum._call import Roles, as_indices, jit_call, resolve_roles, split_call
 from optaccum._data_axes import check_layout, find_mesh
 from optaccum._dtypes import AccumulatorDType, check_accumulator_dtype
 from optaccum._split import batch_size_of, check_split_options
@@ -168,6 +168,7 @@ def grad(loss_fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 def _check_options(options: Options) -> None:
+    resolve_roles(options.roles)
     check_split_options(options.num_microbatches, options.microbatch_size)
     if options.roles.carry is not None and not options.has_aux:
         raise ValueError("carry_argnum expects has_aux=True: loss_fn returns (loss, (new_carry, rest)).")

@@ -358,7 +358,6 @@ def test_options_that_contradict_each_other(make, error, match):
         (lambda p, b: {"a": optaccum.WeightedMean(losses(p, b), 1.0)}, {}, TypeError, r"loss\['a'\].total"),
         (lambda p, b: (mean_loss(p, b), 1.0), {}, TypeError, "has_aux=True"),
         (mean_loss, {"has_aux": True}, TypeError, r"return \(loss, aux\)"),
-        (mean_loss, {"argnums": 1}, ValueError, "two, argnums and batch_argnums"),
         (mean_loss, {"argnums": 5}, ValueError, "2 positional arguments; got 5"),
         (mean_loss, {"num_microbatches": 12}, ValueError, "12 micro-batches for 11 examples"),
         (terms_loss, {"skip_nonfinite": True}, ValueError, "share one weight"),

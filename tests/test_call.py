@@ -1,0 +1,107 @@
+"""A call's arguments: what is an array, what is static, and what is traced again."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_trees_close
+from scanning_problem import BATCH, PARAMS, mean_loss
+
+import optaccum
+from optaccum._call import Roles, as_indices, join_call, split_call
+
+
+@pytest.mark.parametrize(("argnums", "expected"), [(1, (1,)), (np.int64(1), (1,)), ([0, -1], (0, -1))])
+def test_indices(argnums, expected):
+    assert as_indices(argnums, "argnums") == expected
+
+
+def test_join_undoes_split():
+    args = ({"w": jnp.ones(2)}, {"x": jnp.zeros((3, 2))}, "tanh", None, [jnp.ones(1), 2.0])
+    call, layout = split_call(Roles((0,), (-4,), None, None), args, {"flag": True, "scale": np.float32(2)})
+    joined, kwargs = join_call(layout, call)
+    assert jax.tree.structure((joined, kwargs)) == jax.tree.structure(
+        (list(args), {"flag": True, "scale": 0})
+    )
+    assert joined[2] == "tanh"
+    assert kwargs["flag"] is True
+    assert type(joined[4][1]) is float
+    assert [leaf.shape for leaf in call.rest] == [(1,), ()]  # arrays alone
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __init__(self, factor):
+        self.factor = factor
+
+
+def counted_loss(params, batch, *, flag, name, fn, factor, traces, scale=1.0):
+    assert isinstance(flag, bool)
+    assert isinstance(name, str)
+    traces.append(flag)
+    return mean_loss(params, batch) * fn(1.0) * factor.factor * (scale if flag else 2 * scale)
+
+
+@pytest.mark.parametrize("factor", [Unhashable(3.0), functools.partial(int)], ids=["unhashable", "hashable"])
+def test_keyword_arguments_pass_whole(factor):
+    factor.factor = 3.0
+    options = {"name": "a", "fn": np.cos, "factor": factor, "scale": np.float32(0.5)}
+    traces = []
+    grad_fn = optaccum.value_and_grad(functools.partial(counted_loss, traces=traces), num_microbatches=3)
+    for flag in (True, False):
+        actual = grad_fn(PARAMS, BATCH, flag=flag, **options)
+        whole = functools.partial(counted_loss, flag=flag, traces=[], **options)
+        assert_trees_close(actual, jax.value_and_grad(whole)(PARAMS, BATCH), rtol=1e-5)
+        with pytest.raises(AssertionError):
+            assert_trees_close(actual, jax.value_and_grad(mean_loss)(PARAMS, BATCH), rtol=1e-2)
+    assert traces == [True, True, False, False]  # for micro-batches of 3 and of 2 examples each
+
+
+def test_numbers_that_are_equal_are_not_the_same():
+    def loss_fn(w, x, exponent):
+        assert exponent == 1
+        return jnp.mean(w * x) if isinstance(exponent, float) else jnp.mean(w * x) * 2
+
+    grad_fn = optaccum.grad(loss_fn, num_microbatches=2)
+    assert [float(grad_fn(1.0, jnp.ones(2), one)) for one in (1, 1.0, True)] == [2.0, 1.0, 2.0]
+
+
+def test_arrays_that_change_do_not_trace_again():
+    traces = []
+
+    def loss_fn(w, x, scale, *, shift):
+        traces.append(1)
+        return jnp.mean(w * x) * scale + shift
+
+    grad_fn = optaccum.value_and_grad(loss_fn, num_microbatches=2)
+    values = [float(grad_fn(1.0, jnp.ones(4), np.float32(i), shift=jnp.float32(i))[0]) for i in range(3)]
+    assert (values, len(traces)) == ([0.0, 2.0, 4.0], 1)
+
+
+def test_an_argument_passed_by_name_is_told_to_come_by_position():
+    with pytest.raises(ValueError, match="by position"):
+        optaccum.grad(mean_loss, num_microbatches=2)(PARAMS, batch=BATCH)
+
+
+def test_arguments_of_numpy_and_python():
+    def loss_fn(params, batch, scale):
+        return jnp.mean((params["a"] * batch + params["b"]) ** 2) * scale["s"]
+
+    args = ({"a": 2.0, "b": np.float64(3)}, np.arange(5.0), {"s": np.array(0.5)})
+    actual = optaccum.value_and_grad(loss_fn, num_microbatches=2)(*args)
+    as_arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), args)
+    assert_trees_close(actual, jax.value_and_grad(loss_fn)(*as_arrays), rtol=1e-5)
+
+
+def test_gradients_flow_to_every_array_argument():
+    def value(h, shift):
+        grad_fn = optaccum.value_and_grad(
+            lambda p, b, h, *, shift: mean_loss(p, b) * h + shift, num_microbatches=3
+        )
+        return grad_fn(PARAMS, BATCH, h, shift=shift)[0]
+
+    actual = jax.grad(value, argnums=(0, 1))(0.5, 0.1)
+    assert_trees_close(actual, (mean_loss(PARAMS, BATCH), jnp.float32(1)), rtol=1e-5)

@@ -41,7 +41,7 @@ def accumulator_dtype_of(accumulator_dtype: AccumulatorDType, path: tuple[Any, .
       path: the leaf's key path, as `jax.tree_util.tree_map_with_path` gives it.
       leaf: anything with a dtype.
     """
-    own = jnp.result_type(leaf)
+    own = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)  # not a weak type's default
     if _is_function(accumulator_dtype):
         dtype = cast(Callable[..., Any], accumulator_dtype)(path, leaf)
         return own if dtype is None else jax.dtypes.canonicalize_dtype(dtype)

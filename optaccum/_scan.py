@@ -2,7 +2,8 @@
 
 Two forms give the same sums. The carry form adds each micro-batch's gradient to a sum in the scan's carry, which takes
 a second buffer of the parameters' size for the gradient itself. The in-place form hands the backward pass references
-(`jax.vjp(...).with_refs`), into which it adds layer by layer as the gradient arises.
+(`jax.vjp(...).with_refs`), into which it adds layer by layer as the gradient arises; transformations see the carry
+form (`run_as`).
 """
 
 import functools
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optaccum import _reductions as reductions
@@ -63,8 +65,45 @@ def run_loop(
     """Sums over all micro-batches, and the stacked auxiliary outputs of each scan; `in_place` chooses the form."""
     form = functools.partial(_carry_form, losses, options)
     if in_place:
-        form = run_as(functools.partial(in_place_form, losses, options), form)
+        form = run_as(functools.partial(_in_place_form, losses, options), form)
     return form(operands)
+
+
+def choose_form(
+    in_place: bool | None, losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands
+) -> bool:
+    """Whether to sum in place. Raises where `in_place=True` cannot be."""
+    if in_place is False or options.skip_nonfinite or options.track_noise_scale:
+        return False
+    obstacle, cause = _obstacle(losses, options, operands)
+    if obstacle and in_place:
+        raise ValueError(
+            f"in_place=True cannot be honoured: {obstacle}. Leave in_place out, or pass False, to sum in a second "
+            "gradient buffer."
+        ) from cause
+    return not obstacle
+
+
+def _obstacle(
+    losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands
+) -> tuple[str, Exception | None]:
+    """Why references cannot be used; empty where they can."""
+    for x, dtype in zip(operands.diff, options.sum_dtypes, strict=True):
+        if not np.can_cast(x.dtype, dtype):
+            return f"a {dtype} sum is narrower than its {x.dtype} parameter", None
+    # Effects do not show through `run_as`, and its rule for vmap does not know the axis by name.
+    effects = {effect for loss in losses for effect in loss.effects}
+    effects -= set(jax.sharding.get_abstract_mesh().axis_names)
+    if effects:
+        return (
+            f"the loss has effects, or communicates over an axis of jax.vmap ({', '.join(sorted(effects))})",
+            None,
+        )
+    try:
+        jax.eval_shape(functools.partial(_in_place_form, losses, options), operands)
+    except Exception as error:  # whatever the running JAX raises where it cannot pass references through
+        return "this JAX cannot pass gradient references through the loss", error
+    return "", None
 
 
 def sum_weights(losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands) -> Scalars:
@@ -102,7 +141,7 @@ def _carry_form(
     return _scan_stacks(step, _start(losses, options, operands), losses, options, operands)
 
 
-def in_place_form(
+def _in_place_form(
     losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands
 ) -> tuple[Sums, list[PyTree]]:
     # A reference has its cotangent's dtype: for wider sums, differentiate with respect to wider parameters.

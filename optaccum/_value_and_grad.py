@@ -67,20 +67,24 @@ def value_and_grad(
         after the loop.
       in_place: whether the backward pass adds into the one gradient buffer, through `jax.vjp(...).with_refs`. None:
         where it can; True: or raise; False: never. It cannot with `skip_nonfinite` or `track_noise_scale`, which
-        need each micro-batch's gradient; with a sum narrower than its parameter; for static slices of a parameter
-        in JAX 0.10; under forward-mode differentiation (`jax.jvp`, `jax.hessian`) and under `jax.vmap` from outside.
-        Pass False for the last two, which do not show beforehand. It saves nothing over False for layers that are not
-        scanned, nor for scanned 16-bit parameters with float32 sums.
+        need each micro-batch's gradient; with a sum narrower than its parameter; where the loss has side effects
+        (`jax.debug.print`) or communicates over an axis of an outer `jax.vmap`; for static slices of a parameter
+        (`w[0]`) in JAX 0.10. It saves nothing where no `jax.lax.scan` over layers differentiates the parameter
+        itself: unrolled layers, slices, 16-bit parameters with float32 sums. Whatever the choice, `jax.vmap` and
+        differentiation of either mode and any order are exact: they see the carry form.
       grad_reduction_fn: (key path, leaf of the differentiated arguments) -> "mean", or "max" for state that its
         gradient carries (FP8 amax histories): the elementwise maximum, in the leaf's own dtype.
-      return_info: return an :class:`Info` as one more result.
+      return_info: return an :class:`Info` as one more result. For a window of windows, scanned batches streamed to
+        :func:`accumulate`, hand its weight on: `tx.update(grads, state, params, weight=info.weight)`.
       track_noise_scale: fill `Info.noise`.
       unroll: of the scan.
 
     Returns:
       A function of `loss_fn`'s arguments that returns what `jax.value_and_grad(loss_fn, argnums, has_aux)` returns on
       the whole batch: (value, gradients) or ((value, aux), gradients), then Info if asked for. The value is float32
-      or wider. A total weight of zero gives zero value and zero gradients.
+      or wider. A total weight of zero gives zero value and zero gradients. It is compiled: once for each set of
+      shapes and each value of the arguments that are not arrays, such as strings and Python numbers that are
+      neither differentiated nor part of the batch.
 
     Raises:
       ValueError, TypeError: here for options that contradict each other; at the first call for arguments, losses and

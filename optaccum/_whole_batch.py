@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from optaccum import _reductions as reductions
@@ -25,7 +24,7 @@ from optaccum._loss import EXAMPLES, loss_terms, total_ratio
 from optaccum._micro_loss import MicroLoss, trace_loss
 from optaccum._noise_scale import NoiseEstimates, estimate_noise, squared_norm
 from optaccum._run_if import run_if
-from optaccum._scan import LoopOptions, Operands, Sums, in_place_form, run_loop, sum_weights
+from optaccum._scan import LoopOptions, Operands, Sums, choose_form, run_loop, sum_weights
 from optaccum._split import batch_size_of, resolve_num_microbatches, split
 
 PyTree = Any
@@ -101,7 +100,7 @@ def _one_device(
     call_loss = functools.partial(_call_loss, loss_fn, options, layout, others, structure, _num_rows(stacks))
     losses = trace_loss(call_loss, stacks, diff, others.key, others.carry)
     operands = Operands(diff, stacks, others.key, others.carry, [x.consts for x in losses], cotangents=None)
-    in_place = _choose_form(options, loop_options, losses, operands)
+    in_place = choose_form(options.in_place, losses, loop_options, operands)
     if len(losses[0].structs[0]) > 1:
         operands = operands._replace(cotangents=_cotangents(options, loop_options, losses, operands))
 
@@ -170,42 +169,6 @@ def _call_loss(
     args, kwargs = join_call(layout, call)
     loss, new_carry, aux = _unpack(loss_fn(*args, **kwargs), options)
     return loss_terms(loss, batch_size_of(micro_batch) / num_rows), new_carry, aux
-
-
-def _choose_form(
-    options: Options, loop_options: LoopOptions, losses: list[MicroLoss], operands: Operands
-) -> bool:
-    """Whether to sum in place. Raises where `in_place=True` cannot be."""
-    if options.in_place is False or options.skip_nonfinite or options.track_noise_scale:
-        return False
-    obstacle, cause = _obstacle(loop_options, losses, operands)
-    if obstacle and options.in_place:
-        raise ValueError(
-            f"in_place=True cannot be honoured: {obstacle}. Leave in_place out to fall back to a second "
-            "gradient buffer."
-        ) from cause
-    return not obstacle
-
-
-def _obstacle(
-    loop_options: LoopOptions, losses: list[MicroLoss], operands: Operands
-) -> tuple[str, Exception | None]:
-    """Why references cannot be used, if they cannot."""
-    for x, dtype in zip(operands.diff, loop_options.sum_dtypes, strict=True):
-        if not np.can_cast(x.dtype, dtype):
-            return f"a {dtype} sum is narrower than its {x.dtype} parameter", None
-    mesh = jax.sharding.get_abstract_mesh()
-    effects = frozenset().union(*(loss.effects for loss in losses)) - set(mesh.axis_names)
-    if effects:
-        return (
-            f"the loss has effects, or communicates over an axis of jax.vmap ({', '.join(sorted(effects))})",
-            None,
-        )
-    try:
-        jax.eval_shape(functools.partial(in_place_form, losses, loop_options), operands)
-    except Exception as error:  # whatever the running JAX raises where it cannot pass references through
-        return "this JAX cannot pass gradient references through the loss", error
-    return "", None
 
 
 def _cotangents(

@@ -30,7 +30,9 @@ def draw_streaming(sweep: dict[str, Any], path: pathlib.Path) -> None:
         scale = 1 if key == "k" else 1e-6
         _draw(axes[0, column], sweep[key], sweep["names"], 1, scale, 1e3)
         _draw(axes[1, column], sweep[key], sweep["names"], 2, scale, 1)
+        axes[0, column].autoscale(axis="y")  # from 0, where a logarithm has none
         axes[0, column].set_yscale("log")
+        axes[0, column].autoscale(axis="y")
         axes[1, column].set_xlabel(label)
     axes[0, 0].set_ylabel("time of a window (ms)")
     axes[1, 0].set_ylabel("temporary memory (MiB)")

@@ -1,0 +1,58 @@
+"""`verify` on a mesh: sharded batches, `data_axes`, and losses that name an axis."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from test_verify import B, losses, mean_loss, problem, summed
+
+import optaccum
+
+
+def on_mesh(axis_type, params, batch):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,), devices=jax.devices()[:2])
+    return (
+        mesh,
+        jax.device_put(params, NamedSharding(mesh, P())),
+        jax.device_put(batch, NamedSharding(mesh, P("data"))),
+    )
+
+
+def by_name(params, batch, weighted):
+    """The mean over all devices' masked rows; its weight is a constant to differentiation."""
+    total, weight = (losses(params, batch) * batch["mask"]).sum(), batch["mask"].sum()
+    if weighted:
+        return optaccum.WeightedMean(total, weight)
+    return total / jax.lax.pmean(weight, "data")
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_on_a_mesh(axis_type):
+    params, batch = problem()
+    mesh, params, batch = on_mesh(axis_type, params, batch)
+    with jax.set_mesh(mesh):
+        assert optaccum.verify(mean_loss, params, batch, num_microbatches=2, data_axes="data").ok
+        report = optaccum.verify(summed, params, batch, num_microbatches=2)
+        assert not report.ok
+        assert "is a sum" in report.cause
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_a_loss_with_collectives_by_name(axis_type):
+    params, batch = problem()
+    batch["mask"] = (jnp.arange(B) % 7 > 1).astype(jnp.float32)
+    _, params, batch = on_mesh(axis_type, params, batch)
+    options = {"num_microbatches": 4, "data_axes": ("data",)}
+
+    def mean(params, batch):  # only runs where the axis has a name, on one device's rows
+        index = jax.lax.axis_index("data")
+        assert len(batch["y"]) <= B // 2
+        return mean_loss(params, batch) + 0 * index
+
+    assert optaccum.verify(mean, params, batch, **options).ok
+    report = optaccum.verify(functools.partial(by_name, weighted=False), params, batch, **options)
+    assert not report.ok
+    assert "unequal weights" in report.cause
+    assert optaccum.verify(functools.partial(by_name, weighted=True), params, batch, **options).ok

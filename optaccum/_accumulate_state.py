@@ -25,7 +25,8 @@ class AccumulateState(NamedTuple):
         emitted: a window starts by overwriting it.
       weight_sum: weight in the window, kept likewise.
       inner_state: the wrapped optimizer's state.
-      weight_total: all the weight emitted so far, as an unevaluated sum of two float32 words.
+      weight_total: all the weight emitted so far, as an unevaluated sum of two float32 words; the low one also
+        takes what `weight_sum` of the open window loses to rounding.
       extra_sums: of `averaged_extra_args`: name -> weighted sum over the window.
       skip_state: of `should_skip_update_fn`: what it last returned.
       noise_state: of `track_noise_scale`.
@@ -44,18 +45,23 @@ class AccumulateState(NamedTuple):
     noise_state: NoiseScaleState | tuple[()] = ()
 
 
+def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`a + b`, rounded, and what the rounding lost (Knuth)."""
+    rounded = a + b
+    added = rounded - a
+    return rounded, (a - (rounded - added)) + (b - added)
+
+
 def add_to_total(total: jax.Array, weight: jax.Array) -> jax.Array:
-    """`total + weight` in two float32 words: Knuth's two-sum, then a renormalisation; exact to 2^48.
+    """`total + weight` in two float32 words, renormalised; exact to 2^48.
 
     Args:
       total: shape=(2,), float32.
       weight: shape=(), float32.
     """
     high, low = total
-    rounded = high + weight
-    added = rounded - high
-    error = (high - (rounded - added)) + (weight - added)
-    low = low + error
+    rounded, lost = two_sum(high, weight)
+    low = low + lost
     high = rounded + low
     return jnp.stack([high, low - (high - rounded)])
 
@@ -99,8 +105,8 @@ def weight_total(opt_state: Any) -> float:
       opt_state: a state of `optaccum.accumulate`, or any pytree that holds some. Concrete: not inside jit.
 
     Returns:
-      A float on the host, exact up to 2^48 where the weights are integers and those of one window stay below
-      2^24 (beyond, each window is right to float32); of several states, the least.
+      A float on the host, exact up to 2^48 for integer weights (in the middle of a window of 2^24 or more, to
+      float32 of that window); of several states, the least.
 
     Raises:
       ValueError: `opt_state` holds no `AccumulateState`.

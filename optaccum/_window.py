@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optaccum._accumulate_state import AccumulateState, add_to_total
+from optaccum._accumulate_state import AccumulateState, add_to_total, two_sum
 from optaccum._avals import keep_avals
 from optaccum._check_state import check_state
 from optaccum._dtypes import AccumulatorDType, at_least_float32
@@ -61,11 +61,14 @@ def enter(
             num_terms=add(noise_state.num_terms, (step.weight != 0).astype(jnp.int32)),
             sq_norm_sum=add(noise_state.sq_norm_sum, _weighted_sq_norm(step)),
         )
+    weight_sum, lost = two_sum(jnp.where(first, 0, state.weight_sum), step.weight)
+    lost = unless_skipped(lost, jnp.zeros_like(lost))
     extra_sums = {name: add(total, step.extra_terms[name]) for name, total in dict(state.extra_sums).items()}
     entered = state._replace(
         micro_step=unless_skipped(optax.safe_increment(state.micro_step), state.micro_step),
         grad_sum=jax.tree.map(add_gradient, state.grad_sum, step.grads),
-        weight_sum=add(state.weight_sum, step.weight),
+        weight_sum=unless_skipped(weight_sum, state.weight_sum),
+        weight_total=state.weight_total + jnp.stack([jnp.zeros_like(lost), lost]),
         extra_sums=extra_sums or (),
         skip_state=skip_state,
         noise_state=noise_state,

@@ -36,9 +36,8 @@ def _keep_aval(new: Any, old: Any, path: tuple[Any, ...], what: str) -> Any:
     aval = jax.typeof(old)
     new = jnp.asarray(new)
     new = new if new.dtype == aval.dtype else new.astype(aval.dtype)  # (a PRNG key has no astype to its own)
-    if (
-        aval.weak_type
-    ):  # only an indexed update gives a weakly typed result; XLA drops it, so it costs nothing
+    if aval.weak_type:
+        # Only an indexed update gives a weakly typed result; XLA drops it, so it costs nothing.
         return jnp.asarray(old).at[...].set(new)
     # A PRNG key outside jit has no weak_type of its own.
     return lax.convert_element_type(new, aval.dtype) if jax.typeof(new).weak_type else new

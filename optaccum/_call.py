@@ -95,9 +95,8 @@ def jit_call(fn: Callable[..., Any]) -> Callable[..., Any]:
     def call_fn(layout, static, call):
         try:
             hash((layout, static))
-        except (
-            TypeError
-        ):  # an argument that is neither an array nor hashable: nothing to look a program up by
+        except TypeError:
+            # An argument that is neither an array nor hashable: nothing to look a program up by.
             return jax.jit(functools.partial(fn, layout, static))(call)
         return jitted(layout, static, call)
 

@@ -24,9 +24,8 @@ class MicroLoss(NamedTuple):
     structs: PyTree  # of what `call` returns
     num_examples: int
     num_microbatches: int
-    effects: frozenset[
-        str
-    ]  # by name: of mesh and `vmap` axes that it communicates over, of others their type's
+    # By name: the mesh and `vmap` axes that it communicates over, the types of other effects.
+    effects: frozenset[str]
 
 
 class _Traced(NamedTuple):

@@ -86,16 +86,6 @@ def test_an_argument_passed_by_name_is_told_to_come_by_position():
         optaccum.grad(mean_loss, num_microbatches=2)(PARAMS, batch=BATCH)
 
 
-def test_arguments_of_numpy_and_python():
-    def loss_fn(params, batch, scale):
-        return jnp.mean((params["a"] * batch + params["b"]) ** 2) * scale["s"]
-
-    args = ({"a": 2.0, "b": np.float64(3)}, np.arange(5.0), {"s": np.array(0.5)})
-    actual = optaccum.value_and_grad(loss_fn, num_microbatches=2)(*args)
-    as_arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), args)
-    assert_trees_close(actual, jax.value_and_grad(loss_fn)(*as_arrays), rtol=1e-5)
-
-
 def test_gradients_flow_to_every_array_argument():
     def value(h, shift):
         grad_fn = optaccum.value_and_grad(
@@ -105,3 +95,17 @@ def test_gradients_flow_to_every_array_argument():
 
     actual = jax.grad(value, argnums=(0, 1))(0.5, 0.1)
     assert_trees_close(actual, (mean_loss(PARAMS, BATCH), jnp.float32(1)), rtol=1e-5)
+
+
+def test_arguments_of_numpy_and_python():
+    params = {"a": 1.5, "b": np.float64(3), "c": np.array([1 + 2j, 3j], np.complex64)}
+
+    def loss_fn(p, batch, scale):
+        return jnp.mean(jnp.abs(p["c"] * batch - p["a"]) ** 2 + p["b"]) * scale["s"]
+
+    batch, scale = np.arange(10.0).reshape(5, 2), {"s": np.array(0.5)}
+    actual = optaccum.value_and_grad(loss_fn, num_microbatches=2)(params, batch, scale)
+    as_arrays = params | {"b": jnp.float32(3)}, jnp.asarray(batch, jnp.float32), {"s": jnp.float32(0.5)}
+    assert_trees_close(actual, jax.value_and_grad(loss_fn)(*as_arrays), rtol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_trees_close(jax.tree.map(jnp.conj, actual), actual)

@@ -6,13 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import assert_trees_close, assert_trees_equal
-from scanning_problem import (
-    BATCH,
-    PARAMS,
-    per_example,
-    ratio_loss,
-    token_loss,
-)
+from scanning_problem import BATCH, PARAMS, per_example, ratio_loss, token_loss
 
 import optaccum
 
@@ -22,6 +16,7 @@ def test_zero_weight_gives_zeros_and_fully_masked_micro_batches_none():
     for loss_fn in (token_loss, lambda p, b: {"a": token_loss(p, b), "b": token_loss(p, b)}):
         value, grads = optaccum.value_and_grad(loss_fn, num_microbatches=3)(PARAMS, zero)
         assert_trees_equal((value, grads), (jnp.float32(0), jax.tree.map(jnp.zeros_like, PARAMS)))
+    assert jnp.isnan(ratio_loss(PARAMS, zero))
     one = BATCH | {"mask": jnp.zeros(7).at[3].set(0.25)}
     actual = optaccum.value_and_grad(token_loss, num_microbatches=7)(PARAMS, one)
     assert_trees_close(actual, jax.value_and_grad(ratio_loss)(PARAMS, one), rtol=1e-5)
@@ -67,3 +62,17 @@ def test_terms_that_share_a_weight_share_a_pass():
         return str(jax.make_jaxpr(grad_fn)(PARAMS, BATCH)).count("scan[")
 
     assert (loops(lambda weight: weight), loops(lambda weight: weight + 0.0)) == (1, 2)
+
+
+def test_weights_in_a_first_pass_cost_no_forward_where_they_depend_on_the_batch_only():
+    def products(weight_of):
+        def loss_fn(w, x):
+            h = jnp.tanh(x @ w)
+            second = optaccum.WeightedMean((h**2).sum(), weight_of(h, x))
+            return {"a": optaccum.WeightedMean(h.sum(), x.shape[0]), "b": second}
+
+        grad_fn = jax.jit(optaccum.value_and_grad(loss_fn, num_microbatches=4))
+        return grad_fn.lower(jnp.ones((64, 64)), jnp.ones((64, 64))).compile().as_text().count(" dot(")
+
+    of_the_batch = products(lambda h, x: (x[:, 0] > 0).sum())
+    assert products(lambda h, x: (h[:, 0] > 0).sum()) == of_the_batch + 1

@@ -61,13 +61,13 @@ MUTATIONS = [
         "streaming: a skip still adds its weight",
         "weight_sum=add(state.weight_sum, step.weight),",
         "weight_sum=jnp.where(first, step.weight, state.weight_sum + step.weight),",
-        STREAMING,
+        "test_non_finite.py",
     ),
     Mutation(
         "streaming: the sum is rounded to the gradient's dtype",
         "total.astype(wide) + term).astype(total.dtype), total)",
         "total.astype(wide) + term).astype(grad.dtype).astype(total.dtype), total)",
-        STREAMING,
+        "test_dtypes.py",
     ),
     Mutation(
         "streaming: inner runs on every step, its result dropped",
@@ -98,7 +98,7 @@ MUTATIONS = [
         "streaming: counters overflow",
         "gradient_step=jnp.where(emits, optax.safe_increment(state.gradient_step), state.gradient_step)",
         "gradient_step=jnp.where(emits, state.gradient_step + 1, state.gradient_step)",
-        STREAMING,
+        "test_long_runs.py -k saturate",
     ),
     Mutation(
         "streaming: the total weight in one word",

@@ -42,6 +42,16 @@ def mean_of_means(loss_fn, n, args=(PARAMS,), batch=BATCH):
     return jax.tree.map(lambda *xs: jnp.mean(jnp.stack(xs), 0), *results)
 
 
+def aux_of(aux_fn, n, loss_fn=mean_loss, batch=BATCH, **options):
+    """What `aux_fn` of the batch comes back as, over n micro-batches."""
+
+    def with_aux(params, batch):
+        return loss_fn(params, batch), aux_fn(batch)
+
+    grad_fn = optaccum.value_and_grad(with_aux, num_microbatches=n, has_aux=True, **options)
+    return grad_fn(PARAMS, batch)[0][1]
+
+
 LOSSES = {
     "mean": (mean_loss, mean_loss),
     "weighted": (token_loss, ratio_loss),

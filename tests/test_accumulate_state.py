@@ -1,16 +1,18 @@
-"""What can be asked of a streaming state: has it updated, how much weight went by."""
+"""A streaming state: what can be asked of it, and what it keeps through scan, donation, sharding and pickle."""
 
+import pickle
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import assert_trees_equal
+from conftest import assert_trees_close, assert_trees_equal
+from streaming_problem import GRADS, PARAMS, run, weighted_mean
 
 import optaccum
 from optaccum._accumulate_state import add_to_total
-
-PARAMS = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
 
 
 def test_the_state_is_a_named_tuple_with_these_fields_and_dtypes():
@@ -26,7 +28,7 @@ def test_the_state_is_a_named_tuple_with_these_fields_and_dtypes():
 
 
 def test_has_updated_is_true_where_all_of_several_have():
-    labels = {"a": "two", "b": "three"}
+    labels = {"w": "two", "b": "three"}
     groups = {"two": optaccum.accumulate(optax.sgd(1.0), 2), "three": optaccum.accumulate(optax.sgd(1.0), 3)}
     tx = optax.partition(groups, labels)
     state, seen = tx.init(PARAMS), []
@@ -82,8 +84,6 @@ def test_the_open_window_is_not_counted():
 
 
 def test_the_state_survives_a_flatten_and_a_pickle_in_the_middle_of_a_window():
-    import pickle
-
     tx = optaccum.accumulate(optax.adam(0.1), 2)
     ones = jax.tree.map(jnp.ones_like, PARAMS)
     _, state = tx.update(ones, tx.init(PARAMS), PARAMS)
@@ -91,3 +91,82 @@ def test_the_state_survives_a_flatten_and_a_pickle_in_the_middle_of_a_window():
     assert_trees_equal(tx.update(ones, restored, PARAMS), tx.update(ones, state, PARAMS))
     with pytest.raises(AssertionError):
         assert_trees_equal(tx.update(ones, tx.init(PARAMS), PARAMS), tx.update(ones, state, PARAMS))
+
+
+def test_the_state_keeps_its_types_through_scan_with_one_trace():
+    inner = optax.chain(optax.adam(0.1), optax.ema(0.9))
+    tx = optaccum.accumulate(
+        inner, 2, averaged_extra_args=("value",), track_noise_scale=True,
+        should_skip_update_fn=optax.skip_not_finite,
+    )  # fmt: skip
+    params = optax.tree.cast(PARAMS, jnp.bfloat16)
+
+    def body(state, g):
+        _, state = tx.update(g, state, params, weight=2, value=1.0)
+        return state, state.has_updated
+
+    stacked = jax.tree.map(lambda *g: jnp.stack(g).astype(jnp.bfloat16), *GRADS)
+    final, emitted = jax.jit(lambda s, g: jax.lax.scan(body, s, g))(tx.init(params), stacked)
+    assert emitted.tolist() == [False, True] * 4
+    assert jax.tree.map(jax.typeof, final) == jax.tree.map(jax.typeof, tx.init(params))
+    expected = jax.tree.map(lambda x: (x.shape, x.dtype), final)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(tx.init, params)) == expected
+
+
+def test_weakly_typed_parameters_and_states_do_not_cause_a_second_trace():
+    params = {"w": jnp.full((3,), 2.0)}
+    assert jax.typeof(params["w"]).weak_type
+    inner = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
+    tx = optaccum.accumulate(inner, 2)
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def step(params, state):
+        return optaccum.apply_gradients(tx, {"w": jnp.ones(3)}, state, params)
+
+    state = tx.init(params)
+    before = jax.tree.map(jax.typeof, (params, state))
+    for _ in range(4):
+        params, state = step(params, state)
+    assert jax.tree.map(jax.typeof, (params, state)) == before
+    assert float(params["w"][0]) < 2.0
+
+
+def test_typed_keys_in_the_inner_state_move_only_when_a_window_ends():
+    inner = optax.add_noise(1.0, 0.5, jax.random.key(7))
+    updates, states = run(optaccum.accumulate(inner, 2), GRADS[:3])
+    key = [jax.random.key_data(s.inner_state.rng_key) for s in states]
+    assert_trees_equal(key[0], jax.random.key_data(jax.random.key(7)))
+    assert (key[1] != key[0]).any()
+    assert_trees_equal(key[2], key[1])
+    expected, _ = inner.update(weighted_mean(GRADS[:2], [1, 1]), inner.init(PARAMS))
+    assert_trees_close(updates[1], expected)
+
+
+def test_every_field_is_a_buffer_of_its_own_and_can_be_donated():
+    tx = optaccum.accumulate(
+        optax.adam(0.1), 2, should_skip_update_fn=optax.skip_not_finite,
+        averaged_extra_args=("value",), track_noise_scale=True,
+    )  # fmt: skip
+    step = jax.jit(lambda s, p: tx.update(GRADS[0], s, p, value=1.0)[1], donate_argnums=0)
+    state = tx.init(PARAMS)
+    for _ in range(3):
+        state = step(state, PARAMS)
+    assert int(state.gradient_step) == 1
+
+
+def test_accumulators_take_the_sharding_of_the_parameters():
+    for axis_type in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+        with jax.set_mesh(mesh):
+            sharding = jax.NamedSharding(mesh, jax.P("data", "model"))
+            params = jax.device_put(jnp.ones((8, 4), jnp.bfloat16), sharding)
+            tx = optaccum.accumulate(optax.adam(0.1), 2, should_skip_update_fn=optax.skip_not_finite)
+            state = tx.init(params)
+            assert state.grad_sum.sharding.is_equivalent_to(sharding, 2)
+            step = jax.jit(lambda p, s, tx=tx: optaccum.apply_gradients(tx, p, s, p))
+            for _ in range(2):
+                params, state = step(params, state)
+            assert state.grad_sum.sharding.is_equivalent_to(sharding, 2)
+            assert params.sharding.is_equivalent_to(sharding, 2)
+            assert (np.asarray(params, np.float32) < 1).all()

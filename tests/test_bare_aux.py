@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_trees_close, assert_trees_equal
-from scanning_problem import BATCH, mean_loss, token_loss
-from test_reductions import X, aux_of
+from scanning_problem import BATCH, X, aux_of, mean_loss, token_loss
 
 import optaccum
 

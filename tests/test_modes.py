@@ -88,6 +88,25 @@ def test_strict_promotion_finds_no_implicit_cast_in_the_scan(dtype, options):
     assert jax.tree.leaves(grads)[0].dtype == jnp.float32
 
 
+def test_strict_promotion_finds_no_implicit_cast_in_a_window():
+    params = {"h": jnp.ones(2, jnp.bfloat16), "c": jnp.ones(2, jnp.complex64), "n": jnp.int32(1)}
+    grads = params | {"n": np.zeros([], jax.dtypes.float0)}
+    with jax.numpy_dtype_promotion("strict"):
+        with pytest.raises(jax.dtypes.TypePromotionError):
+            params["h"] + jnp.float32(1)
+        for dtype in (jnp.float32, None):
+            tx = optaccum.accumulate(
+                optax.identity(), 2, accumulator_dtype=dtype, averaged_extra_args=("value",),
+                track_noise_scale=True, should_skip_update_fn=optax.skip_not_finite,
+            )  # fmt: skip
+            state = tx.init(params)
+            for _ in range(2):
+                updates, state = jax.jit(lambda s, tx=tx: tx.update(grads, s, params, weight=3, value=1))(
+                    state
+                )
+    assert_trees_equal(updates["c"], params["c"])
+
+
 def mean_of_none(params, batch):
     return 0.0 * loss_fn(params, batch) / (batch["y"] > 9).sum()
 

@@ -59,17 +59,18 @@ def update_and_apply(tx, grads, state, params):
 
 
 @pytest.mark.parametrize(
-    ("num_calls", "jit", "options"),
+    ("num_calls", "jit", "derivative", "options"),
     [
-        (4, True, {"scanned": False}),
-        (3, True, {"step": update_and_apply}),  # the last window is open
-        (4, True, {}),
-        (4, False, {}),
+        (4, True, jax.grad, {"scanned": False}),
+        (3, True, jax.grad, {"step": update_and_apply}),  # the last window is open
+        (3, False, jax.jacfwd, {"step": update_and_apply, "scanned": False}),
+        (4, True, jax.grad, {}),
+        (4, False, jax.grad, {}),
     ],
-    ids=["streaming", "open window", "both", "both eager"],
+    ids=["streaming", "open window", "open window forward", "both", "both eager"],
 )
-def test_meta_gradients_in_an_outer_scan(num_calls, jit, options):
-    meta = jax.grad(functools.partial(accumulated, num_calls=num_calls, **options), (0, 1))
+def test_meta_gradients_in_an_outer_scan(num_calls, jit, derivative, options):
+    meta = derivative(functools.partial(accumulated, num_calls=num_calls, **options), (0, 1))
     actual = (jax.jit(meta) if jit else meta)(0.1, 0.7)
     expected = jax.jit(jax.grad(functools.partial(by_hand, num_calls=num_calls), (0, 1)))
     assert_trees_close(actual, expected(0.1, 0.7), rtol=1e-4)
@@ -118,7 +119,8 @@ def test_checkpoint_around_value_and_grad():
 # Many at once.
 
 
-def test_an_ensemble_at_different_steps_of_a_schedule_that_skips_differently():
+@pytest.mark.parametrize("step", [optaccum.apply_gradients, update_and_apply])
+def test_an_ensemble_at_different_steps_of_a_schedule_that_skips_differently(step):
     tx = optaccum.accumulate(
         optax.adam(0.1), lambda step: 1 + step // 2, should_skip_update_fn=optax.skip_not_finite
     )
@@ -129,7 +131,7 @@ def test_an_ensemble_at_different_steps_of_a_schedule_that_skips_differently():
         state = tx.init(params)._replace(gradient_step=start)
 
         def call(carry, g):
-            params, state = optaccum.apply_gradients(tx, g, carry[1], carry[0])
+            params, state = step(tx, g, carry[1], carry[0])
             return (params, state), (state.has_updated, state.num_skipped)
 
         return lax.scan(call, (params, state), grads)

@@ -12,7 +12,14 @@ from optaccum import _reductions as reductions
 from optaccum._bare_aux import AuxLeaf, describe_bare, wrap_bare
 from optaccum._call import Call, Layout, Roles, as_indices, jit_call, join_call, split_call
 from optaccum._data_axes import zeros_of
-from optaccum._split import batch_size_of, check_split_options, resolve_num_microbatches, split
+from optaccum._split import (
+    batch_size_of,
+    check_split_options,
+    resolve_num_microbatches,
+    size_and_count,
+    split,
+    take,
+)
 
 PyTree = Any
 
@@ -71,7 +78,7 @@ def chunked(
             args, kwargs = join_call(layout, call._replace(batch=micro_batch, key=key))
             return fn(*args, **kwargs)
 
-        return _map_stacks(call_fn, split(call.batch, n))
+        return _map_groups(call_fn, split(call.batch, n))
 
     compiled = jit_call(whole_batch)
 
@@ -84,33 +91,32 @@ def chunked(
     return chunked_fn
 
 
-def _map_stacks(call_fn: Callable[[PyTree, jax.Array], PyTree], stacks: list[PyTree]) -> PyTree:
-    """Scans `call_fn(micro_batch, index)` over one or two stacks of micro-batches."""
+def _map_groups(call_fn: Callable[[PyTree, jax.Array], PyTree], groups: list[PyTree]) -> PyTree:
+    """Scans `call_fn(micro_batch, index)` over one or two groups of micro-batches."""
 
     def call_first(micro_batch: PyTree) -> PyTree:
         return call_fn(micro_batch, jnp.int32(0))
 
     reduced, stacked, first = None, [], 0
-    for stack in stacks:
-        micro_batch = jax.tree.map(lambda x: x[0], stack)
+    for group in groups:
+        micro_batch = take(group, 0)
         bare = describe_bare(call_first, micro_batch, jax.eval_shape(call_first, micro_batch))
         _check_rows(bare)
 
         # Inside a scan nothing can be merged across the recomputation: no need to prevent it.
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def wrapped(xs, bare=bare):
-            index, micro_batch = xs
-            return reductions.divide_aux(wrap_bare(call_fn(micro_batch, index), bare, False))
+        def wrapped(i, group=group, bare=bare, first=first):
+            return reductions.divide_aux(wrap_bare(call_fn(take(group, i), first + i), bare, False))
 
-        def step(acc, xs, wrapped=wrapped):
-            new, rows = wrapped(xs)
+        def step(acc, i, wrapped=wrapped):
+            new, rows = wrapped(i)
             return reductions.add(acc, new), rows
 
         if reduced is None:
-            structs, _ = jax.eval_shape(wrapped, (jnp.int32(0), micro_batch))
+            structs, _ = jax.eval_shape(wrapped, jnp.int32(0))
             reduced = reductions.start(zeros_of(structs))
-        count = jax.tree.leaves(stack)[0].shape[0]
-        reduced, rows = lax.scan(step, reduced, (first + jnp.arange(count, dtype=jnp.int32), stack))
+        _, count = size_and_count(group)
+        reduced, rows = lax.scan(step, reduced, jnp.arange(count, dtype=jnp.int32))
         stacked.append(rows)
         first += count
     return reductions.merge_aux(reductions.finish(reduced), reductions.rows(stacked))

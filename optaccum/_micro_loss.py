@@ -9,13 +9,14 @@ from jax.extend import core as jex_core
 
 from optaccum._bare_aux import describe_bare, wrap_bare
 from optaccum._loss import EXAMPLES, LossTerms, add_terms, denominators
+from optaccum._split import size_and_count, take
 
 PyTree = Any
 Scalars = dict[str, jax.Array]
 
 
 class MicroLoss(NamedTuple):
-    """The loss on one stack's micro-batches."""
+    """The loss on the micro-batches of one group."""
 
     # (diff, micro-batch, key, index, carry, *consts) -> (totals, (weights, carry, aux)): the loss's terms, the new
     # carry, and the auxiliary outputs, each in a wrapper.
@@ -37,26 +38,26 @@ class _Traced(NamedTuple):
 
 def trace_loss(
     call_loss: Callable[..., tuple[LossTerms, PyTree, PyTree]],
-    stacks: Sequence[PyTree],
+    groups: Sequence[PyTree],
     diff: list[jax.Array],
     key: PyTree,
     carry: PyTree,
 ) -> list[MicroLoss]:
-    """Traces the loss for each stack's micro-batches, and for twice as many examples where aux has bare leaves.
+    """Traces the loss for each group's micro-batches, and for twice as many examples where aux has bare leaves.
 
     Args:
       call_loss: (diff, micro-batch, key, index, carry) -> (terms, new carry, aux).
-      stacks: leaves of shape (num_microbatches, num_examples, ...).
+      groups: leaves of shape (num_examples, num_microbatches, ...).
       diff: what is differentiated, flat.
       key: the batch's.
       carry: the first micro-batch's.
     """
-    micro_batches = [jax.tree.map(lambda x: x[0], stack) for stack in stacks]
+    micro_batches = [take(group, 0) for group in groups]
     rest = (key, jnp.int32(0), carry)
     traced = [_trace(call_loss, diff, micro_batch, *rest) for micro_batch in micro_batches]
     names = denominators([t.structs[0] for t in traced])
 
-    def micro_loss(stack, micro_batch, traced):
+    def micro_loss(group, micro_batch, traced):
         bare = describe_bare(lambda batch: call_loss(diff, batch, *rest)[2], micro_batch, traced.structs[2])
 
         def combine(terms, carry, aux):
@@ -67,10 +68,10 @@ def trace_loss(
             return combine(*traced.call(*args))
 
         structs = jax.eval_shape(combine, *traced.structs)
-        num_microbatches, num_examples = jax.tree.leaves(stack)[0].shape[:2]
+        num_examples, num_microbatches = size_and_count(group)
         return MicroLoss(call, traced.consts, structs, num_examples, num_microbatches, traced.effects)
 
-    return [micro_loss(*each) for each in zip(stacks, micro_batches, traced, strict=True)]
+    return [micro_loss(*each) for each in zip(groups, micro_batches, traced, strict=True)]
 
 
 def _trace(call_loss: Callable[..., Any], *args: PyTree) -> _Traced:

@@ -20,6 +20,7 @@ from optaccum._data_axes import vary, vary_like, varying_axes, zeros_of
 from optaccum._loss import Terms
 from optaccum._micro_loss import MicroLoss, Scalars
 from optaccum._noise_scale import squared_norm
+from optaccum._split import take
 from optaccum._two_forms import run_as
 
 PyTree = Any
@@ -29,10 +30,10 @@ class Operands(NamedTuple):
     """The arrays that a loop over all micro-batches works on."""
 
     diff: list[jax.Array]  # what is differentiated, flat
-    stacks: list[PyTree]  # one or two stacks of equal micro-batches, leaves of shape (count, size, ...)
+    groups: list[PyTree]  # one or two groups of equal micro-batches, leaves of shape (size, count, ...)
     key: PyTree
     carry: PyTree
-    consts: list[Any]  # per stack: what its loss closes over
+    consts: list[Any]  # per group: what its loss closes over
     cotangents: Scalars | None  # of the terms' totals; None: one
 
 
@@ -115,7 +116,7 @@ def sum_weights(losses: Sequence[MicroLoss], options: LoopOptions, operands: Ope
         return (jax.tree.map(jnp.add, weights, new), carry), None
 
     start = _start(losses, options, operands)
-    (weights, _), _ = _scan_stacks(step, (start.terms.weights, start.carry), losses, options, operands)
+    (weights, _), _ = _scan_groups(step, (start.terms.weights, start.carry), losses, options, operands)
     return weights
 
 
@@ -138,7 +139,7 @@ def _carry_form(
             new = kept._replace(num_skipped=jnp.where(finite, sums.num_skipped, sums.num_skipped + 1))
         return new, stacked
 
-    return _scan_stacks(step, _start(losses, options, operands), losses, options, operands)
+    return _scan_groups(step, _start(losses, options, operands), losses, options, operands)
 
 
 def _in_place_form(
@@ -168,29 +169,31 @@ def _in_place_form(
         new = _add(sums, Terms(totals, weights), reduced, carry, num_examples)
         return new._replace(grads=_add_grads(sums.grads, own, options)), stacked
 
-    sums, stacked = _scan_stacks(step, start._replace(grads=maxima), losses, options, operands)
+    sums, stacked = _scan_groups(step, start._replace(grads=maxima), losses, options, operands)
     grads = [g if r is None else jax.freeze(r) for g, r in zip(sums.grads, refs, strict=True)]
     return sums._replace(grads=grads), stacked
 
 
-def _scan_stacks(
+def _scan_groups(
     step: Callable[..., Any],
     state: Any,
     losses: Sequence[MicroLoss],
     options: LoopOptions,
     operands: Operands,
 ) -> tuple[Any, list[PyTree]]:
-    """Scans `step(state, (index, micro-batch), call, num_examples)` over each stack in turn."""
+    """Scans `step(state, (index, micro-batch), call, num_examples)` over each group in turn."""
     outputs, first = [], 0
-    for loss, stack, consts in zip(losses, operands.stacks, operands.consts, strict=True):
+    for loss, group, consts in zip(losses, operands.groups, operands.consts, strict=True):
 
         def call(diff, xs, carry, loss=loss, consts=consts):
             index, micro_batch = xs
             return loss.call(diff, micro_batch, operands.key, index, carry, *consts)
 
-        indices = first + jnp.arange(loss.num_microbatches, dtype=jnp.int32)
-        body = functools.partial(step, call=call, num_examples=loss.num_examples)
-        state, output = lax.scan(body, state, (indices, stack), unroll=options.unroll)
+        def body(state, i, first=first, group=group, call=call, num_examples=loss.num_examples):
+            return step(state, (first + i, take(group, i)), call, num_examples)
+
+        indices = jnp.arange(loss.num_microbatches, dtype=jnp.int32)
+        state, output = lax.scan(body, state, indices, unroll=options.unroll)
         outputs.append(output)
         first += loss.num_microbatches
     return state, outputs

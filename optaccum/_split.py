@@ -1,7 +1,7 @@
-"""A batch into micro-batches and back, without moving it across devices.
+"""A batch into micro-batches and back, without copying it and without moving it across devices.
 
-Micro-batch i of n is `batch[i::n]`. For rows that n divides this is a reshape to (rows, n) and a transpose: where
-the batch is sharded over devices, each device keeps its own rows, whereas contiguous slices would gather them.
+Micro-batch i of n is `batch[i::n]`: for rows that n divides, column i of the batch reshaped to (rows, n). Where the
+batch is sharded over devices, each device keeps its own rows, whereas contiguous slices would gather them.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 PyTree = Any
@@ -72,31 +73,42 @@ def batch_size_of(batch: PyTree) -> int:
 
 
 def split(batch: PyTree, num_microbatches: int) -> list[PyTree]:
-    """Splits a batch into one or two stacks of equal micro-batches.
+    """Groups a batch's rows into one or two sets of equal micro-batches.
 
     Args:
       batch: leaves of shape (B, ...).
       num_microbatches: n, at most B.
 
     Returns:
-      Pytrees with leaves of shape (count, size, ...), the micro-batches in order: one with all n where n divides B;
-      otherwise the first B mod n of ceil(B / n) rows, then the rest, of floor(B / n) rows.
+      Pytrees with leaves of shape (size, count, ...), of which `take` takes the micro-batches, in order: one with
+      all n where n divides B; otherwise the first B mod n of ceil(B / n) rows, then the rest, of floor(B / n) rows.
     """
     n, batch_size = num_microbatches, batch_size_of(batch)
     rows, extra = divmod(batch_size, n)
     batch = jax.tree.map(lambda x: _unshard_if_uneven(jnp.asarray(x), n), batch)
     if not extra:
-        return [jax.tree.map(lambda x: _rows_to_stack(x, n), batch)]
+        return [jax.tree.map(lambda x: _to_columns(x, n), batch)]
 
-    even = jax.tree.map(lambda x: _rows_to_stack(x[: rows * n], n), batch)
-    longer = jax.tree.map(
-        lambda e, x: jnp.concatenate([e[:extra], x[rows * n :][:, None]], axis=1), even, batch
-    )
-    return [longer, jax.tree.map(lambda e: e[extra:], even)]
+    even = jax.tree.map(lambda x: _to_columns(x[: rows * n], n), batch)
+    longer = jax.tree.map(lambda e, x: jnp.concatenate([e[:, :extra], x[rows * n :][None]]), even, batch)
+    return [longer, jax.tree.map(lambda e: e[:, extra:], even)]
+
+
+def take(group: PyTree, index: jax.Array | int) -> PyTree:
+    """Micro-batch `index` of a group that `split` made: leaves of shape (size, ...).
+
+    A loop that takes its own column needs no copy of the batch; scanned over, the columns would be two.
+    """
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False), group)
+
+
+def size_and_count(group: PyTree) -> tuple[int, int]:
+    """The examples in each micro-batch of a group, and the number of its micro-batches."""
+    return jax.tree.leaves(group)[0].shape[:2]
 
 
 def join(stacks: Sequence[jax.Array]) -> jax.Array:
-    """The inverse of `split` for one leaf: (count, size, ...) stacks to rows (B, ...), in the batch's own order."""
+    """What the micro-batches of one or two groups gave, (count, size, ...), as rows (B, ...) in the batch's order."""
     if len(stacks) == 1:
         return _stack_to_rows(stacks[0])
     longer, shorter = stacks
@@ -136,13 +148,13 @@ def _unshard_if_uneven(x: jax.Array, n: int) -> jax.Array:
     return unshard_rows(x)
 
 
-def _rows_to_stack(x: jax.Array, n: int) -> jax.Array:
+def _to_columns(x: jax.Array, n: int) -> jax.Array:
     shape = (x.shape[0] // n, n, *x.shape[1:])
     if (explicit := _explicit_spec(x)) is None:
-        return x.reshape(shape).swapaxes(0, 1)
+        return x.reshape(shape)
     mesh, (batch_axes, *others) = explicit
     out_sharding = NamedSharding(mesh, PartitionSpec(batch_axes, None, *others))
-    return jax.lax.reshape(x, shape, out_sharding=out_sharding).swapaxes(0, 1)
+    return lax.reshape(x, shape, out_sharding=out_sharding)
 
 
 def _stack_to_rows(x: jax.Array) -> jax.Array:
@@ -152,4 +164,4 @@ def _stack_to_rows(x: jax.Array) -> jax.Array:
         return x.reshape(shape)
     mesh, (batch_axes, _, *others) = explicit
     out_sharding = NamedSharding(mesh, PartitionSpec(batch_axes, *others))
-    return jax.lax.reshape(x, shape, out_sharding=out_sharding)
+    return lax.reshape(x, shape, out_sharding=out_sharding)

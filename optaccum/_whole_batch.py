@@ -25,7 +25,7 @@ from optaccum._micro_loss import MicroLoss, trace_loss
 from optaccum._noise_scale import NoiseEstimates, estimate_noise, squared_norm
 from optaccum._run_if import run_if
 from optaccum._scan import LoopOptions, Operands, Sums, choose_form, run_loop, sum_weights
-from optaccum._split import batch_size_of, resolve_num_microbatches, split
+from optaccum._split import batch_size_of, resolve_num_microbatches, size_and_count, split
 
 PyTree = Any
 
@@ -90,16 +90,16 @@ def _one_device(
     loss_fn: Callable[..., Any], options: Options, layout: Layout, n: int, batch: PyTree, others: Call
 ) -> tuple[Results, PyTree]:
     """The results from one device's rows; the aux that leads with rows comes separately."""
-    stacks = split(batch, resolve_num_microbatches(batch_size_of(batch), n, None))
+    groups = split(batch, resolve_num_microbatches(batch_size_of(batch), n, None))
     leaves, structure = jax.tree.flatten(others.diff)
     loop_options = _loop_options(options, others.diff)
     # In someone's own `shard_map`: differentiated as what differs between devices, the sums stay on each device
     # until they have been divided by its weights, and cross devices once.
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves((batch, others))))
     diff = vary(leaves, axes)
-    call_loss = functools.partial(_call_loss, loss_fn, options, layout, others, structure, _num_rows(stacks))
-    losses = trace_loss(call_loss, stacks, diff, others.key, others.carry)
-    operands = Operands(diff, stacks, others.key, others.carry, [x.consts for x in losses], cotangents=None)
+    call_loss = functools.partial(_call_loss, loss_fn, options, layout, others, structure, _num_rows(groups))
+    losses = trace_loss(call_loss, groups, diff, others.key, others.carry)
+    operands = Operands(diff, groups, others.key, others.carry, [x.consts for x in losses], cotangents=None)
     in_place = choose_form(options.in_place, losses, loop_options, operands)
     if len(losses[0].structs[0]) > 1:
         operands = operands._replace(cotangents=_cotangents(options, loop_options, losses, operands))
@@ -107,7 +107,7 @@ def _one_device(
     sums, stacked = run_loop(losses, loop_options, operands, in_place)
     if options.data_axes:
         sums = _across(sums, loop_options, options.data_axes)
-    results = _finish(sums, options, loop_options, _num_rows(stacks))
+    results = _finish(sums, options, loop_options, _num_rows(groups))
     grads = jax.tree.map(_unvary, results.grads, leaves, list(loop_options.is_max))
     grads = jax.tree.unflatten(structure, grads)
     results = results._replace(grads=grads[0] if options.one_argnum else grads)
@@ -283,6 +283,6 @@ def _stop_gradient(x: jax.Array) -> jax.Array:
     return lax.stop_gradient(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
-def _num_rows(stacks: list[PyTree]) -> int:
+def _num_rows(groups: list[PyTree]) -> int:
     """The size of the largest micro-batch."""
-    return max(jax.tree.leaves(stack)[0].shape[1] for stack in stacks)
+    return max(size_and_count(group)[0] for group in groups)

@@ -6,7 +6,21 @@ import numpy as np
 import pytest
 from conftest import assert_trees_equal
 
-from optaccum._split import batch_size_of, check_split_options, join, resolve_num_microbatches, split
+import optaccum
+from optaccum._split import (
+    batch_size_of,
+    check_split_options,
+    join,
+    resolve_num_microbatches,
+    size_and_count,
+    split,
+    take,
+)
+
+
+def micro_batches_of(batch, n):
+    """The micro-batches of each group."""
+    return [[take(group, i) for i in range(size_and_count(group)[1])] for group in split(batch, n)]
 
 
 @pytest.mark.parametrize(("batch_size", "n"), [(8, 1), (8, 4), (8, 8), (11, 4), (7, 5), (3, 2)])
@@ -16,12 +30,10 @@ def test_micro_batches_are_strided_and_in_order(batch_size, n):
         "none": None,
         "i": jnp.arange(batch_size),
     }
-    stacks = split(batch, n)
-    micro_batches = [
-        jax.tree.map(lambda x, i=i: x[i], stack) for stack in stacks for i in range(stack["i"].shape[0])
-    ]
+    groups = micro_batches_of(batch, n)
+    micro_batches = [micro_batch for group in groups for micro_batch in group]
     assert len(micro_batches) == n
-    assert len(stacks) == (1 if batch_size % n == 0 else 2)
+    assert len(groups) == (1 if batch_size % n == 0 else 2)
     for i, micro_batch in enumerate(micro_batches):
         assert_trees_equal(micro_batch, jax.tree.map(lambda x, i=i: x[i::n], batch))
     sizes = [len(m["i"]) for m in micro_batches]
@@ -35,15 +47,34 @@ def test_micro_batches_are_strided_and_in_order(batch_size, n):
 @pytest.mark.parametrize(("batch_size", "n"), [(8, 4), (11, 4), (7, 5)])
 def test_join_is_the_inverse_of_split(batch_size, n):
     rows = jnp.arange(batch_size * 2).reshape(batch_size, 2)
-    stacks = split(rows, n)
-    assert_trees_equal(join(stacks), rows)
-    by_micro_batch = jnp.concatenate([micro_batch for stack in stacks for micro_batch in stack])
+    groups = micro_batches_of(rows, n)
+    assert_trees_equal(join([jnp.stack(group) for group in groups]), rows)
+    by_micro_batch = jnp.concatenate([micro_batch for group in groups for micro_batch in group])
     assert not (by_micro_batch == rows).all()
 
 
 def test_batches_of_keys_split():
     keys = jax.random.split(jax.random.key(0), 6)
-    assert_trees_equal(join(split(keys, 4)), keys)
+    assert_trees_equal(join([jnp.stack(group) for group in micro_batches_of(keys, 4)]), keys)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_batch_is_not_copied(in_place):
+    batch, w = jnp.zeros((512, 1024)), jnp.zeros((1024, 4))
+
+    def loss_fn(w, x):
+        return jnp.mean(jnp.tanh(x @ w))
+
+    def temp_in_batches(grad_fn):
+        compiled = jax.jit(grad_fn).lower(w, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / batch.nbytes
+
+    def scanned(w, batch):  # what it would take to scan over batch[i::8] instead
+        xs = batch.reshape(64, 8, 1024).swapaxes(0, 1)
+        return jax.lax.scan(lambda g, x: (g + jax.grad(loss_fn)(w, x), None), jnp.zeros_like(w), xs)[0]
+
+    assert temp_in_batches(optaccum.grad(loss_fn, num_microbatches=8, in_place=in_place)) < 0.25
+    assert temp_in_batches(scanned) > 1
 
 
 @pytest.mark.parametrize(("size", "n"), [(4, 2), (3, 3), (8, 1), (100, 1), (1, 8)])

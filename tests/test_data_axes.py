@@ -31,9 +31,9 @@ import optaccum
 
 @KINDS
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("n", [3, 4])  # 6 rows on each device
-def test_whole_batch(kind, layout, n):
-    out = run(mean_loss, kind, layout=layout, num_microbatches=n)
+@pytest.mark.parametrize(("n", "in_place"), [(3, True), (4, False)])  # 6 rows on each device
+def test_whole_batch(kind, layout, n, in_place):
+    out = run(mean_loss, kind, layout=layout, num_microbatches=n, in_place=in_place)
     assert_trees_close(out, jax.value_and_grad(mean_loss)(make_params(), make_batch()), rtol=1e-5, atol=1e-6)
     if "model" in LAYOUTS[layout][1]:
         assert out[1]["w"].sharding.spec == P(None, "model")

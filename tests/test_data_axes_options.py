@@ -210,12 +210,6 @@ def test_maximum_of_gradient_carried_state(kind, in_place):
     assert largest > 1.2 * jnp.abs(make_batch()["x"][:PER_DEVICE]).max()
 
 
-@KINDS
-@pytest.mark.parametrize("in_place", [True, False])
-def test_in_place_and_not(kind, in_place):
-    assert_trees_close(run(mean_loss, kind, in_place=in_place), _whole(), rtol=1e-5, atol=1e-6)
-
-
 def _meta_loss(grad_fn, params, batch):
     """The loss after two steps of gradient descent, in an outer scan, and the gradients' own norm."""
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 from sharded_problem import (
     AUTO,
     EXPLICIT,
@@ -15,7 +15,6 @@ from sharded_problem import (
     make_params,
     mean_loss,
     put,
-    run,
 )
 
 import optaccum
@@ -209,7 +208,3 @@ def test_parameters_sharded_over_a_data_axis(kind, jit):
     params, _ = put(mesh, "data", make_params(), make_batch())
     params["w"] = jax.device_put(params["w"], NamedSharding(mesh, P(None, "data")))
     _fails(r"only the batch.*\['w'\].*FSDP", mesh, params=params, jit=jit)
-
-
-def test_parameters_sharded_over_another_axis_are_fine():
-    run(mean_loss, AxisType.Explicit, layout="data and model")

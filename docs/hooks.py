@@ -11,6 +11,8 @@ import re
 from latex2mathml.converter import convert
 from markdown import Extension, Markdown
 from markdown.preprocessors import Preprocessor
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
 
 _DISPLAY = re.compile(r"\$\$(?P<dollars>.+?)\$\$", re.DOTALL)
 _BLOCK = re.compile(r"^\.\. math::(?P<block>.*(?:\n(?: +.*| *(?=\n +)))*)", re.MULTILINE)
@@ -42,10 +44,20 @@ def on_config(config):
     return config
 
 
+def on_files(files, *, config):
+    """Adds the pictures that `make bench` drew."""
+    for path in (pathlib.Path(config.config_file_path).parent / "benchmarks").glob("*.png"):
+        files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))
+    return files
+
+
 def on_page_markdown(markdown, *, page, config, **_):
     """Appends what `make bench` wrote, if it has been run, to the page that says how to read it."""
+    prose = re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    if heading := re.search(r"^#+[^#\s].*", prose, re.MULTILINE):  # the #12 of a link, at the start of a line
+        raise PluginError(f"{page.file.src_uri}: this line would become a heading: {heading[0]}")
     results = pathlib.Path(config.config_file_path).parent / "benchmarks" / "RESULTS.md"
     if page.file.src_uri != "benchmarks.md" or not results.is_file():
         return markdown
-    text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", results.read_text())  # its pictures stay where they are
+    text = re.sub(r"(!\[[^\]]*\]\()", r"\1figures/", results.read_text())
     return f"{markdown}\n{re.sub(r'^#', '##', text, flags=re.MULTILINE)}"

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,13 @@ def interleave(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dic
 
 def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float:
     """The median over rounds of one contender's time over another's."""
-    return statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
+    return over_sum(seconds, over, [under])
+
+
+def over_sum(seconds: Mapping[str, list[float]], over: str, under: Sequence[str]) -> float:
+    """The median over rounds of one contender's time over that of several one after another."""
+    sums = [sum(times) for times in zip(*(seconds[name] for name in under), strict=True)]
+    return statistics.median(a / b for a, b in zip(seconds[over], sums, strict=True))
 
 
 def median(seconds: list[float]) -> float:

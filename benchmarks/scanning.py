@@ -26,29 +26,31 @@ OURS, CARRY = "optaccum", "optaccum, in_place=False"
 NAMES = (WHOLE, HAND, OPTAX, OURS, CARRY)
 
 
-def _hand_written(k: int) -> Callable[..., Any]:
-    def grad_fn(params, tokens):
+def _hand_written(loss: Callable[..., Any], k: int) -> Callable[..., Any]:
+    def grad_fn(params, batch):
         def step(total, micro_batch):
-            out = jax.value_and_grad(loss_fn)(params, micro_batch)
+            out = jax.value_and_grad(loss)(params, micro_batch)
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, out), None
 
         zeros = jnp.zeros([]), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-        total, _ = lax.scan(step, zeros, tokens.reshape(k, -1, tokens.shape[1]))
+        total, _ = lax.scan(step, zeros, batch.reshape(k, -1, batch.shape[1]))
         return jax.tree.map(lambda x: x / k, total)
 
     return grad_fn
 
 
-def make_grad_fn(name: str, k: int, batch_size: int) -> Callable[..., Any]:
-    """(params, tokens) -> (loss, gradients)."""
+def make_grad_fn(
+    name: str, k: int, batch_size: int, loss: Callable[..., Any] = loss_fn
+) -> Callable[..., Any]:
+    """(params, batch) -> (loss, gradients)."""
     if name == WHOLE:
-        return jax.value_and_grad(loss_fn)
+        return jax.value_and_grad(loss)
     if name == HAND:
-        return _hand_written(k)
+        return _hand_written(loss, k)
     if name == OPTAX:
         mean = optax.microbatching.AccumulationType.MEAN
-        return optax.microbatching.microbatch(jax.value_and_grad(loss_fn), 1, batch_size // k, mean)
-    return optaccum.value_and_grad(loss_fn, num_microbatches=k, in_place=None if name == OURS else False)
+        return optax.microbatching.microbatch(jax.value_and_grad(loss), 1, batch_size // k, mean)
+    return optaccum.value_and_grad(loss, num_microbatches=k, in_place=None if name == OURS else False)
 
 
 class Contender(NamedTuple):
@@ -69,6 +71,9 @@ def run(sizes: Sizes) -> Section:
         seconds = interleave({name: c.run for name, c in contenders.items()}, sizes.scan_repeats)
         tables.append(_table(contenders, seconds, sizes, scanned))
         targets += _targets(contenders, seconds, scanned)
+    batch_table, batch_target = _batch_copies(sizes)
+    tables.append(batch_table)
+    targets.append(batch_target)
     compile_table, compile_ratio = _compile_times(sizes)
     tables.append(compile_table)
     targets.append(Target(f"compile time, k = {sizes.many} over k = 2", compile_ratio, 1.1))
@@ -118,6 +123,25 @@ def _targets(
         Target(f"{kind}: temp over the hand-written scan", memory[1], memory_limit),
         Target(f"{kind}: time over the better of the two", slower, time_limit),
     ]
+
+
+def _batch_copies(sizes: Sizes) -> tuple[Table, Target]:
+    """Temp memory where the batch is large and the model small: how often is the batch there?"""
+    examples, features = 512 * sizes.k, 1024
+    params = jax.ShapeDtypeStruct((features, 8), jnp.float32)
+    batch = jax.ShapeDtypeStruct((examples, features), jnp.float32)
+
+    def loss(params, batch):
+        return jnp.mean(jnp.tanh(batch @ params))
+
+    def batches(name):
+        grad_fn = make_grad_fn(name, sizes.k, examples, loss)
+        return temp_bytes(jax.jit(grad_fn).lower(params, batch).compile()) / (4 * examples * features)
+
+    copies = {name: batches(name) for name in (HAND, OPTAX, OURS)}
+    header = (f"a batch of {4 * examples * features / MIB:.0f} MiB through one layer", "temp, in batches")
+    table = Table(header, [(name, f"{number:.2f}") for name, number in copies.items()])
+    return table, Target("batches in temp, over one micro-batch", copies[OURS] * sizes.k, 1.5)
 
 
 def _compile_times(sizes: Sizes) -> tuple[Table, float]:

@@ -9,12 +9,14 @@ import optax
 
 import optaccum
 from benchmarks import pytorch
-from benchmarks.measure import MIB, copies, interleave, median, num_bytes, ratio, temp_bytes
+from benchmarks.measure import MIB, copies, interleave, median, num_bytes, over_sum, ratio, temp_bytes
 from benchmarks.report import Section, Table, Target, milliseconds, times
 from benchmarks.sizes import Sizes
 
 MULTI, HAND, OURS = "optax.MultiSteps", "hand-written pair", "apply_gradients"
-STANDARD, OPTIONS, TORCH = "update + apply_updates", "apply_gradients, options on", "PyTorch, in place"
+STANDARD, TORCH = "update + apply_updates", "PyTorch, in place"
+OPTIONS, HAND_OPTIONS = "apply_gradients, options on", "hand-written pair, options on"
+READS = "each gradient read once, k times"
 INNER = {"AdamW": lambda: optax.adamw(1e-3), "Muon": lambda: optax.contrib.muon(1e-3)}
 
 
@@ -90,6 +92,41 @@ def _hand_written(inner: Any, k: int, grads: Any, params: Any) -> Contender:
     return Contender(window, max(map(temp_bytes, (add, update))))
 
 
+def _hand_written_options(inner: Any, k: int, grads: Any, params: Any) -> Contender:
+    """The pair with weights, a check for non-finite gradients and a weighted average of a value."""
+
+    def add(sums, grads, weight, value):
+        finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
+        terms = jax.tree.map(lambda g: weight * g, grads), weight, weight * value
+        return jax.tree.map(lambda s, term: jnp.where(finite, s + term, s), sums, terms)
+
+    def update(params, state, sums):
+        grad_sum, weight_sum, value_sum = sums
+        mean = jax.tree.map(lambda g: g / weight_sum, grad_sum)
+        updates, state = inner.update(mean, state, params, value=value_sum / weight_sum)
+        return optax.apply_updates(params, updates), state, jax.tree.map(jnp.zeros_like, sums)
+
+    inner = optax.with_extra_args_support(inner)
+    zeros = jax.tree.map(jnp.zeros_like, params), jnp.float32(0), jnp.float32(0)
+    held, scalars = [copies(params), inner.init(params), zeros], (jnp.float32(3), jnp.float32(1))
+    add = jax.jit(add, donate_argnums=0).lower(held[2], grads, *scalars).compile()
+    update = jax.jit(update, donate_argnums=(0, 1, 2)).lower(*held).compile()
+
+    def window():
+        for _ in range(k):
+            held[2] = add(held[2], grads, *scalars)
+        held[:] = update(*held)
+        return held
+
+    return Contender(window, max(map(temp_bytes, (add, update))))
+
+
+def _reads(k: int, grads: Any) -> Contender:
+    """What a check costs that must have seen all of a gradient before any of it is added: reading it."""
+    read = jax.jit(lambda grads: [jnp.sum(g) for g in jax.tree.leaves(grads)]).lower(grads).compile()
+    return Contender(lambda: [read(grads) for _ in range(k)], temp_bytes(read))
+
+
 def make_contenders(
     inner: Any, k: int, width: int, num_layers: int, names: tuple[str, ...]
 ) -> dict[str, Contender]:
@@ -105,6 +142,8 @@ def make_contenders(
         OPTIONS: lambda: _ours(
             accumulate(inner, k, **with_options), k, grads, params, jnp.float32(3), jnp.float32(1)
         ),
+        HAND_OPTIONS: lambda: _hand_written_options(inner, k, grads, params),
+        READS: lambda: _reads(k, grads),
     }
     return {name: makers[name]() for name in names}
 
@@ -119,7 +158,8 @@ def run(sizes: Sizes) -> Section:
             )
         }
     for name, width in {"AdamW": sizes.stream_width, "Muon": sizes.muon_width}.items():
-        names = (MULTI, HAND, OURS, STANDARD, OPTIONS) if name == "AdamW" else (MULTI, HAND, OURS, STANDARD)
+        names = (MULTI, HAND, OURS, STANDARD)
+        names += (OPTIONS, HAND_OPTIONS, READS) if name == "AdamW" else ()
         contenders = make_contenders(INNER[name](), sizes.k, width, sizes.stream_layers, names)
         size = num_bytes(make_params(width, sizes.stream_layers))
         contenders |= with_torch if name == "AdamW" else {}
@@ -130,7 +170,9 @@ def run(sizes: Sizes) -> Section:
         f"A window of k = {sizes.k} micro-steps and one update, float32, gradients given, arguments donated. "
         "Temp is what the compiled program allocates beside its arguments and results, in copies of the "
         "parameters. The hand-written pair is `add` and `update` (which clears the sum), jitted apart. "
-        "Options on: weights, `skip_not_finite` and an averaged extra argument. PyTorch adds each gradient "
+        "Options on: weights, `skip_not_finite` and an averaged extra argument. A skipped micro-step must leave the "
+        "sum as it was, so all of a gradient is read before any of it is added: twice in all, and the row with those "
+        "reads alone shows what no implementation is spared. PyTorch adds each gradient "
         "in place (`torch._foreach_add_`) and runs the fused AdamW every k-th time, with the same threads."
     )
     return Section("Streaming", text, tables, targets)
@@ -165,6 +207,10 @@ def _targets(
         Target("MultiSteps over update + apply_updates", ratio(seconds, MULTI, STANDARD), 2.5, at_most=False),
         Target("update + apply_updates: temp, parameter copies", contenders[STANDARD].temp / size, 1.01),
         Target("options on over off", ratio(seconds, OPTIONS, OURS), 1.1),
+        Target("options on over off and the reads", over_sum(seconds, OPTIONS, (OURS, READS)), 1.1),
+        Target(
+            "options on over the hand-written pair with them", ratio(seconds, OPTIONS, HAND_OPTIONS), 1.05
+        ),
         Target("options on: temp, parameter copies", contenders[OPTIONS].temp / size, 0.05),
     ]
     if TORCH in seconds:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from conftest import assert_trees_equal
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 SMALL = ["--updates=4", "--batch-size=64", "--microbatches=8", "--width=32", "--checkpoint-every=3"]
 
 

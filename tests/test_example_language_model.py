@@ -17,6 +17,7 @@ from conftest import assert_trees_close, assert_trees_equal
 
 import optaccum
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 SMALL = ["--max-bytes=30000", "--layers=2", "--width=16", "--heads=2", "--length=24", "--batch-size=12"]
 SMALL += ["--microbatches=4"]
 
@@ -65,6 +66,9 @@ def test_language_model_resumes_after_kill_9(tmp_path):
     env = os.environ | {
         "JAX_NUM_CPU_DEVICES": "8",  # as here: it shapes what the compiler does
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "PYTHONPATH": os.pathsep.join([str(examples), str(examples.parent)]),
     }
     killed = subprocess.run(

@@ -33,15 +33,7 @@ program.main(sys.argv[1:])
 """
 
 
-@pytest.fixture
-def compiles_fast():
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.mark.usefixtures("compiles_fast")
+@pytest.mark.usefixtures("fast_compilation")
 def test_ramp_flush_and_a_run_killed_in_a_window(tmp_path, capsys):
     folder, figure = tmp_path / "run", tmp_path / "figure.png"
     environment = os.environ | {
@@ -50,6 +42,8 @@ def test_ramp_flush_and_a_run_killed_in_a_window(tmp_path, capsys):
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "8",  # as here: threads are shared out by it
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
     arguments = [*SMALL, "--figure", str(figure)]
     with subprocess.Popen(

@@ -160,7 +160,7 @@ def test_two_hosts_started_differently_fail_at_the_start(pod):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(fast_compilation, tmp_path, monkeypatch):
     """Runs the program here, on eight devices; with a signal after a call, if one is given."""
     note = tpu_data_parallel.note
 
@@ -175,10 +175,7 @@ def run(tmp_path, monkeypatch):
         folders = ["--checkpoints", str(tmp_path / checkpoints), "--figure", str(tmp_path / "figure.png")]
         return tpu_data_parallel.main([*SMALL, "--simulate-devices", "8", *folders, *arguments])
 
-    fast = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles in a third of the time
-    yield run
-    jax.config.update("jax_disable_most_optimizations", fast)
+    return run
 
 
 def test_stopped_run_goes_on_to_the_same_parameters(run, tmp_path, capsys):

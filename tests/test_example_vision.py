@@ -6,6 +6,7 @@ import vision
 from conftest import assert_trees_equal
 from matplotlib.image import imsave
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 SMALL = ["--updates=4", "--calls-per-update=2", "--batch-size=32", "--resolution=16", "--checkpoint-every=3"]
 
 

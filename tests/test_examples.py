@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 

@@ -53,6 +53,7 @@ def _run_page(text: str, filename: str) -> int:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.usefixtures("fast_compilation")
 def test_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     count = _run_page(page.read_text(), str(page))

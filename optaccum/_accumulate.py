@@ -50,7 +50,8 @@ def accumulate(
     `inner` computes with the accumulator's. A parameter whose gradient is float0 (an integer) stays as it is.
 
     For gradients that do not fit twice beside the parameters use `optaccum.apply_gradients`, which works in
-    place. A mean over bf16 gradients is float32 here: `inner`'s state still has the dtypes that `inner.init`
+    place. On a mesh the sums are sharded as the parameters are; call `init` outside jit there, unless the
+    mesh's axes are Explicit. A mean over bf16 gradients is float32 here: `inner`'s state still has the dtypes that `inner.init`
     gave it.
 
     Args:

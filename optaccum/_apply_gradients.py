@@ -29,8 +29,10 @@ def apply_gradients(
 
     The parameters are those the two calls give. For a `tx` that `optaccum.accumulate` made there are no zero
     updates in between: parameters and optimizer state are touched only by the call that ends a window, and
-    then in place where they are donated (`jax.jit(step, donate_argnums=...)`). For any other transformation,
-    such as a chain with an `accumulate` inside, it is the two calls.
+    then in place where they are donated (`jax.jit(step, donate_argnums=...)`) in the order in which they
+    return, as below: JAX pairs buffers of one shape in order, and in another order two copies of the
+    parameters are made. For any other transformation, such as a chain with an `accumulate` inside, it is the
+    two calls.
 
     Args:
       tx: any Optax gradient transformation.

@@ -14,14 +14,8 @@ import optaccum
 from optaccum._call import Call
 from optaccum._diagnose import diagnose
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 B, T, VOCAB, D, EXPERTS = 12, 6, 13, 8, 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

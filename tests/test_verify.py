@@ -9,14 +9,8 @@ import pytest
 
 import optaccum
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 B, D = 16, 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def problem(dtype=jnp.float32):

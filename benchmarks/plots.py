@@ -57,10 +57,19 @@ def _draw(
     ax: Any, points: list[Any], names: tuple[str, ...], field: int, x_scale: float, y_scale: float
 ) -> None:
     xs = [point[0] * x_scale for point in points]
-    for name in names:
+    for name, width in zip(names, range(len(names), 0, -1), strict=True):
         color, marker = STYLES[name]
         ys = [point[field][name] * y_scale for point in points]
-        ax.plot(xs, ys, color=color, marker=marker, markersize=6, linewidth=1.8, label=name)
+        # From wide to narrow, so that each shows under the one above it.
+        ax.plot(
+            xs,
+            ys,
+            color=color,
+            marker=marker,
+            markersize=4 + 2 * width,
+            linewidth=0.6 + 1.2 * width,
+            label=name,
+        )
     ax.set_xscale("log", base=2)
     ax.set_xticks(xs, [f"{x:.3g}" for x in xs])
     ax.minorticks_off()

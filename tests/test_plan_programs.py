@@ -6,8 +6,9 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import optaccum
 
-BATCH_SIZE, LENGTH, WIDTH = 32, 8, 16
-WEIGHTS = dict.fromkeys(("in", "out"), (2, WIDTH, WIDTH))
+BATCH_SIZE, LENGTH, WIDTH = 32, 16, 16
+# The layer reads the first two. The others pass through the step: theirs are the buffers that donation saves.
+WEIGHTS = dict.fromkeys(("in", "out", "unread", "idle"), (2, WIDTH, WIDTH))
 
 
 def _layer(h, w):

@@ -46,6 +46,7 @@ def main(args: list[str] | None = None) -> dict[str, Section]:
     if unknown := set(options.only or ()) - set(chosen):
         parser.error(f"no section {', '.join(sorted(unknown))}; choose from {', '.join(chosen)}")
     chosen = {name: run for name, run in chosen.items() if not options.only or name in options.only}
+    options.output.mkdir(parents=True, exist_ok=True)
     results = {}
     for name, run in (progress := tqdm(chosen.items(), total=len(chosen) + 1, unit="section")):
         progress.set_description(name)

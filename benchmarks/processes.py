@@ -65,7 +65,7 @@ def _measure(sizes: Sizes) -> list[tuple[int, float, float, float]]:
     mesh = jax.make_mesh((NUM_PROCESSES,), ("data",), axis_types=(AxisType.Auto,))
     tokens = np.split(np.asarray(make_tokens(sizes)), NUM_PROCESSES)[jax.process_index()]
     tokens = jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), tokens)
-    params = jax.device_get(make_params(sizes, scanned=True))
+    params = jax.device_get(make_params(sizes, True))
     params = jax.device_put(params, NamedSharding(mesh, P()))
     rows = []
     for k in sizes.process_k:

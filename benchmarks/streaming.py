@@ -1,5 +1,6 @@
 """Streaming: what a window of k micro-steps costs beside the gradients themselves."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ class Contender(NamedTuple):
     temp: int | None  # bytes, of the larger program
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def make_params(width: int, num_layers: int) -> dict[str, Any]:
     """12 * width^2 parameters for each layer, in the shapes of a transformer's."""
     shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width)}
@@ -239,6 +241,7 @@ def _num_parameters(width: int, sizes: Sizes) -> int:
     return 12 * width**2 * sizes.stream_layers
 
 
+@functools.cache  # the two sweeps cross
 def _point(k: int, width: int, names: tuple[str, ...], sizes: Sizes) -> tuple[dict, dict]:
     contenders = make_contenders(INNER["AdamW"](), k, width, sizes.stream_layers, names)
     repeats = min(3, sizes.stream_repeats)

@@ -1,5 +1,6 @@
 """A transformer language model in plain JAX: layers scanned or unrolled, rematerialised or not."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from benchmarks.sizes import Sizes
 HEAD_WIDTH = 32
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def make_params(sizes: Sizes, scanned: bool) -> dict[str, Any]:
     d = sizes.width
 

@@ -189,11 +189,13 @@ def _scan_groups(
             index, micro_batch = xs
             return loss.call(diff, micro_batch, operands.key, index, carry, *consts)
 
-        def body(state, i, first=first, group=group, call=call, num_examples=loss.num_examples):
-            return step(state, (first + i, take(group, i)), call, num_examples)
+        def body(carry, _, first=first, group=group, call=call, num_examples=loss.num_examples):
+            i, state = carry  # counted, for a scan over indices would keep them all
+            state, output = step(state, (first + i, take(group, i)), call, num_examples)
+            return (i + 1, state), output
 
-        indices = jnp.arange(loss.num_microbatches, dtype=jnp.int32)
-        state, output = lax.scan(body, state, indices, unroll=options.unroll)
+        counted = (jnp.int32(0), state)
+        (_, state), output = lax.scan(body, counted, length=loss.num_microbatches, unroll=options.unroll)
         outputs.append(output)
         first += loss.num_microbatches
     return state, outputs

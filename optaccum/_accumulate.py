@@ -51,8 +51,8 @@ def accumulate(
 
     For gradients that do not fit twice beside the parameters use `optaccum.apply_gradients`, which works in
     place. On a mesh the sums are sharded as the parameters are; call `init` outside jit there, unless the
-    mesh's axes are Explicit. A mean over bf16 gradients is float32 here: `inner`'s state still has the dtypes that `inner.init`
-    gave it.
+    mesh's axes are Explicit. A mean over bf16 gradients is float32 here: `inner`'s state still has the dtypes
+    that `inner.init` gave it.
 
     Args:
       inner: any Optax gradient transformation; runs once per window, in place.

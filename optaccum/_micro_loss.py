@@ -27,6 +27,7 @@ class MicroLoss(NamedTuple):
     num_microbatches: int
     # By name: the mesh and `vmap` axes that it communicates over, the types of other effects.
     effects: frozenset[str]
+    has_scan: bool  # over layers, perhaps
 
 
 class _Traced(NamedTuple):
@@ -34,6 +35,7 @@ class _Traced(NamedTuple):
     consts: list[Any]
     structs: tuple[LossTerms, PyTree, PyTree]
     effects: frozenset[str]
+    has_scan: bool
 
 
 def trace_loss(
@@ -69,7 +71,8 @@ def trace_loss(
 
         structs = jax.eval_shape(combine, *traced.structs)
         num_examples, num_microbatches = size_and_count(group)
-        return MicroLoss(call, traced.consts, structs, num_examples, num_microbatches, traced.effects)
+        sizes = num_examples, num_microbatches
+        return MicroLoss(call, traced.consts, structs, *sizes, traced.effects, traced.has_scan)
 
     return [micro_loss(*each) for each in zip(groups, micro_batches, traced, strict=True)]
 
@@ -85,4 +88,11 @@ def _trace(call_loss: Callable[..., Any], *args: PyTree) -> _Traced:
 
     num_args = len(args)
     effects = frozenset(str(getattr(effect, "name", type(effect).__name__)) for effect in closed.effects)
-    return _Traced(call, list(closed.consts), structs, effects)
+    return _Traced(call, list(closed.consts), structs, effects, _has_scan(closed.jaxpr))
+
+
+def _has_scan(jaxpr: jex_core.Jaxpr) -> bool:
+    return any(
+        eqn.primitive.name == "scan" or any(map(_has_scan, jex_core.jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )

@@ -73,7 +73,11 @@ def run_loop(
 def choose_form(
     in_place: bool | None, losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands
 ) -> bool:
-    """Whether to sum in place. Raises where `in_place=True` cannot be."""
+    """Whether to sum in place: where it can be, and is of use. Raises where `in_place=True` cannot be."""
+    if in_place is None and not any(loss.has_scan for loss in losses):
+        return (
+            False  # the compiler adds each gradient as it arises, and needs no buffer for them all either way
+        )
     if in_place is False or options.skip_nonfinite or options.track_noise_scale:
         return False
     obstacle, cause = _obstacle(losses, options, operands)

@@ -66,11 +66,11 @@ def value_and_grad(
         rows of a micro-batch, keys are `fold_in(fold_in(key, i), device's index)`, and gradients cross devices once,
         after the loop.
       in_place: whether the backward pass adds into the one gradient buffer, through `jax.vjp(...).with_refs`. None:
-        where it can; True: or raise; False: never. It cannot with `skip_nonfinite` or `track_noise_scale`, which
-        need each micro-batch's gradient; with a sum narrower than its parameter; where the loss has side effects
-        (`jax.debug.print`) or communicates over an axis of an outer `jax.vmap`; for static slices of a parameter
-        (`w[0]`) in JAX 0.10. It saves nothing where no `jax.lax.scan` over layers differentiates the parameter
-        itself: unrolled layers, slices, 16-bit parameters with float32 sums. Whatever the choice, `jax.vmap` and
+        where it can, and the loss has a `jax.lax.scan`; True: or raise; False: never. It cannot with `skip_nonfinite`
+        or `track_noise_scale`, which need each micro-batch's gradient; with a sum narrower than its parameter; where
+        the loss has side effects (`jax.debug.print`) or communicates over an axis of an outer `jax.vmap`; for static
+        slices of a parameter (`w[0]`) in JAX 0.10. It saves nothing where no scan over layers differentiates the
+        parameter itself: unrolled layers, slices, 16-bit parameters with float32 sums. Whatever the choice, `jax.vmap` and
         differentiation of either mode and any order are exact: they see the carry form.
       grad_reduction_fn: (key path, leaf of the differentiated arguments) -> "mean", or "max" for state that its
         gradient carries (FP8 amax histories): the elementwise maximum, in the leaf's own dtype.

@@ -107,7 +107,7 @@ def _one_device(
     sums, stacked = run_loop(losses, loop_options, operands, in_place)
     if options.data_axes:
         sums = _across(sums, loop_options, options.data_axes)
-    results = _finish(sums, options, loop_options, _num_rows(groups))
+    results = _finish(sums, options, loop_options, in_place, _num_rows(groups))
     grads = jax.tree.map(_unvary, results.grads, leaves, list(loop_options.is_max))
     grads = jax.tree.unflatten(structure, grads)
     results = results._replace(grads=grads[0] if options.one_argnum else grads)
@@ -211,7 +211,9 @@ def _across(sums: Sums, loop_options: LoopOptions, axes: tuple[str, ...]) -> Sum
     )
 
 
-def _finish(sums: Sums, options: Options, loop_options: LoopOptions, num_rows: int) -> Results:
+def _finish(
+    sums: Sums, options: Options, loop_options: LoopOptions, in_place: bool, num_rows: int
+) -> Results:
     """Divides the sums by their weights; gradients are flat still."""
     name, *several = sums.terms.weights
     weight = jnp.float32(1) if several else sums.terms.weights[name]
@@ -226,10 +228,12 @@ def _finish(sums: Sums, options: Options, loop_options: LoopOptions, num_rows: i
         return [mean(*leaf) for leaf in zip(grads, loop_options.is_max, strict=True)]
 
     grads = sums.grads
-    if not several:  # otherwise the cotangents were divided
+    if not several and in_place:
         # Left to itself XLA writes some of the quotients to new buffers. A loop works in place, if the compiler
         # cannot see that it takes one trip.
         grads = run_if(lax.optimization_barrier(jnp.bool_(True)), divide, grads)
+    elif not several:  # otherwise the cotangents were divided
+        grads = divide(grads)
     value = total_ratio(sums.terms)
     if options.skip_nonfinite:
         value = jnp.where(none_left, jnp.full_like(value, jnp.nan), value)

@@ -17,7 +17,7 @@ import optaccum
 STEP_TX = optaccum.accumulate(optimizer(0.1), K, should_skip_update_fn=optax.skip_not_finite)
 
 
-def train_step(params, state, batch, *, loss=weighted_loss_fn, tx=STEP_TX, in_place=None):
+def train_step(params, state, batch, *, loss=weighted_loss_fn, tx=STEP_TX, in_place=True):
     """Both ways at once, as a user writes it."""
     grad_fn = optaccum.value_and_grad(loss, num_microbatches=N, return_info=True, in_place=in_place)
     value, grads, info = grad_fn(params, batch)
@@ -75,8 +75,13 @@ def test_x64_keeps_float64_exact_and_float32_narrow():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"in_place": False}, {"skip_nonfinite": True}, {"track_noise_scale": True, "return_info": True}],
-    ids=["default", "carry", "skip", "noise"],
+    [
+        {"in_place": True},
+        {"in_place": False},
+        {"skip_nonfinite": True},
+        {"track_noise_scale": True, "return_info": True},
+    ],
+    ids=["in place", "carry", "skip", "noise"],
 )
 def test_strict_promotion_finds_no_implicit_cast_in_the_scan(dtype, options):
     params, batch = jax.tree.map(lambda x: x.astype(dtype), (PARAMS, BATCH))

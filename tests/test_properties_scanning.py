@@ -84,12 +84,12 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "plain": Setting(plain),
+    "plain": Setting(plain, in_place=True),
     "plain, skipping": Setting(plain, skip_nonfinite=True),
-    "weighted": Setting(weighted),
+    "weighted": Setting(weighted, in_place=True),
     "weighted, skipping": Setting(weighted, skip_nonfinite=True),
     "weighted, bf16": Setting(weighted, dtype=jnp.bfloat16, in_place=False),
-    "terms": Setting(terms),
+    "terms": Setting(terms, in_place=True),
 }
 
 

@@ -109,8 +109,14 @@ PARAMS = {"w": jnp.arange(1.0, 5.0).reshape(2, 2), "b": jnp.float32(0.5)}
 BATCH = jnp.arange(10.0).reshape(5, 2) / 10
 
 
-def mean_loss(params, batch, scale=1.0):
+def straight_loss(params, batch, scale=1.0):
     return jnp.mean(jnp.tanh(batch @ params["w"] + params["b"]) ** 2) * scale
+
+
+def mean_loss(params, batch, scale=1.0):
+    """The same with a scan, over one layer."""
+    h, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w + params["b"]), None), batch, params["w"][None])
+    return jnp.mean(h**2) * scale
 
 
 def is_in_place(loss_fn, *args, **options):
@@ -129,6 +135,8 @@ def with_effects(params, batch):
     [
         (mean_loss, {}, True),
         (mean_loss, {"in_place": False}, False),
+        (straight_loss, {}, False),
+        (straight_loss, {"in_place": True}, True),
         (mean_loss, {"skip_nonfinite": True}, False),
         (mean_loss, {"return_info": True, "track_noise_scale": True}, False),
         (mean_loss, {"accumulator_dtype": jnp.bfloat16}, False),
@@ -160,7 +168,7 @@ def test_in_place_or_raise(loss_fn, options, message):
 
 def test_static_slices_fall_back_where_jax_cannot_slice_references():
     def loss_fn(params, batch):
-        return jnp.mean((batch @ params["w"][0]) ** 2) + jnp.sum(params["w"][1:])
+        return mean_loss(params, batch) + jnp.mean((batch @ params["w"][0]) ** 2)
 
     for in_place in (None, False):
         actual = optaccum.value_and_grad(loss_fn, num_microbatches=2, in_place=in_place)(PARAMS, BATCH)

@@ -34,7 +34,7 @@ def by_hand(learning_rate, scale, num_calls=4):
 
 
 def accumulated(
-    learning_rate, scale, num_calls=4, *, scanned=True, in_place=None, step=optaccum.apply_gradients
+    learning_rate, scale, num_calls=4, *, scanned=True, in_place=True, step=optaccum.apply_gradients
 ):
     """The same through windows of K micro-steps, each scanned over N micro-batches, in an outer scan."""
     tx = optaccum.accumulate(optimizer(learning_rate), K)

@@ -70,8 +70,8 @@ def value_and_grad(
         or `track_noise_scale`, which need each micro-batch's gradient; with a sum narrower than its parameter; where
         the loss has side effects (`jax.debug.print`) or communicates over an axis of an outer `jax.vmap`; for static
         slices of a parameter (`w[0]`) in JAX 0.10. It saves nothing where no scan over layers differentiates the
-        parameter itself: unrolled layers, slices, 16-bit parameters with float32 sums. Whatever the choice, `jax.vmap` and
-        differentiation of either mode and any order are exact: they see the carry form.
+        parameter itself: unrolled layers, slices, 16-bit parameters with float32 sums. Whatever the choice,
+        `jax.vmap` and differentiation of either mode and any order are exact: they see the carry form.
       grad_reduction_fn: (key path, leaf of the differentiated arguments) -> "mean", or "max" for state that its
         gradient carries (FP8 amax histories): the elementwise maximum, in the leaf's own dtype.
       return_info: return an :class:`Info` as one more result. For a window of windows, scanned batches streamed to

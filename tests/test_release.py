@@ -50,6 +50,13 @@ def test_readme_is_short():
     assert max(len(block.splitlines()) for block in blocks) <= MAX_LINES
 
 
+@pytest.mark.parametrize("command", ["make quickstart", "make test"])
+def test_readme_names_what_a_fresh_machine_runs(command):
+    readme, targets = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    assert command in "".join(FENCE.findall(readme))
+    assert re.search(rf"^{command.removeprefix('make ')}:", targets, re.MULTILINE)
+
+
 def test_words_are_counted():
     assert _num_words("# A title\n\nfour <b>words</b> [and](a/link)\n\n```python\nno = 1\n```\n\n## One") == 6
 

@@ -124,7 +124,10 @@ def verify(
     try:
         (loss_of, gradient_of), num_devices = _as_it_is(loss_fn, options, layout), 1
         whole = gradient_of(call)
-    except NameError:  # the loss names a data axis: only under value_and_grad is there one
+    except Exception:
+        if not axes:
+            raise
+        # It runs under value_and_grad alone: it names a data axis, or JAX finds no layout on an Explicit mesh.
         loss_of, gradient_of = _in_one_micro_batch(loss_fn, options, layout)
         whole, num_devices = gradient_of(call), math.prod(axes.values())
 

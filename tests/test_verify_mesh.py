@@ -58,3 +58,13 @@ def test_a_loss_with_collectives_by_name(axis_type):
     assert not report.ok
     assert "unequal weights" in report.cause
     assert optaccum.verify(functools.partial(by_name, weighted=True), params, batch, **options).ok
+
+
+def test_parameters_that_are_not_on_the_explicit_mesh():
+    """JAX then finds no layout for the whole batch's gradient."""
+    _, _, x = on_mesh(AxisType.Explicit, (), jnp.arange(32.0).reshape(8, 4))
+    w, options = jnp.ones((4, 2)), {"num_microbatches": 2, "data_axes": "data"}
+    with pytest.raises(Exception, match="sharded and it is ambiguous"):
+        jax.jit(jax.grad(lambda w, x: jnp.mean((x @ w) ** 2)))(w, x)
+    assert optaccum.verify(lambda w, x: jnp.mean((x @ w) ** 2), w, x, **options).ok
+    assert not optaccum.verify(lambda w, x: jnp.sum((x @ w) ** 2), w, x, **options).ok

@@ -3,9 +3,11 @@
 import pathlib
 
 import pytest
-from mutations import MUTATIONS, ROOT
+from mutations import MUTATIONS
 
-SOURCES = [path.read_text() for path in (ROOT / "optaccum").glob("*.py")]
+import optaccum
+
+SOURCES = [path.read_text() for path in pathlib.Path(optaccum.__file__).parent.glob("*.py")]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=[mutation.breaks for mutation in MUTATIONS])

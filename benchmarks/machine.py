@@ -8,16 +8,20 @@ import platform
 
 import jax
 
-PACKAGES = ("optaccum", "jax", "jaxlib", "optax", "numpy", "torch")
+import optaccum
+
+PACKAGES = ("jax", "jaxlib", "optax", "numpy", "torch")
 
 
 def describe() -> str:
     """Machine, versions and date, as Markdown."""
     device = jax.devices()[0]
     accelerator = "" if device.platform == "cpu" else f", one {device.device_kind}"
+    versions = [f"Python {platform.python_version()}", f"optaccum {optaccum.__version__}"]
+    versions += filter(None, map(_version, PACKAGES))
     lines = [
         f"- Machine: {_processor()}, {_num_cores()} cores, {_memory()}{accelerator}; {platform.system()}",
-        f"- Versions: Python {platform.python_version()}, {', '.join(filter(None, map(_version, PACKAGES)))}",
+        f"- Versions: {', '.join(versions)}",
         f"- Date: {datetime.date.today().isoformat()}",
     ]
     return "\n".join(lines)

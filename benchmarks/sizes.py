@@ -56,7 +56,6 @@ GPU = CPU._replace(
     batch_size=64,
     length=512,
     dtype=jnp.dtype(jnp.bfloat16),
-    scan_repeats=9,
 )
 TINY = CPU._replace(
     k=2,

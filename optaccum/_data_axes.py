@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,36 +12,9 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from optaccum._varying import vary_like
+
 PyTree = Any
-
-
-def varying_axes(x: Any) -> frozenset[str]:
-    """The manual mesh axes along which an array differs from device to device."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def vary(tree: PyTree, axes: Sequence[str] | frozenset[str]) -> PyTree:
-    """Types arrays inside `shard_map` as differing from device to device along these mesh axes.
-
-    For a loop within someone's own `shard_map`: its sums start from zeros, which differ nowhere, and must be
-    typed as what is added to them.
-    """
-
-    def cast(x):
-        missing = tuple(axis for axis in axes if axis not in varying_axes(x))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, tree) if axes else tree
-
-
-def vary_like(tree: PyTree, structs: PyTree) -> PyTree:
-    """Arrays typed as varying wherever their `jax.ShapeDtypeStruct` is."""
-
-    def cast(x, s):
-        manual = getattr(s, "manual_axis_type", None)
-        return vary(x, manual.varying) if manual else x
-
-    return jax.tree.map(cast, tree, structs)
 
 
 def zeros_of(structs: PyTree) -> PyTree:

@@ -1,5 +1,6 @@
 """Run a function once or not at all, in place: the one control-flow primitive of streaming."""
 
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -8,6 +9,8 @@ import jax.core
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex_core
+
+from optaccum._varying import vary_like
 
 Carry = TypeVar("Carry")
 
@@ -34,7 +37,8 @@ def run_if(predicate: Any, fn: Callable[[Carry], Carry], carry: Carry) -> Carry:
     leaves, treedef = jax.tree.flatten(carry)
     trace = jax.make_jaxpr(lambda *leaves: treedef.flatten_up_to(fn(treedef.unflatten(leaves))))
     closed = trace(*leaves)
-    while (varied := _vary_like(leaves, closed.out_avals)) is not leaves:
+    # What replaces the carry may vary over more mesh axes than it does.
+    while any(map(operator.is_not, varied := vary_like(leaves, closed.out_avals), leaves)):
         leaves, closed = varied, trace(*varied)
     return treedef.unflatten(_run_jaxpr_if(_hoist(closed, leaves), predicate, leaves, closed.consts))
 
@@ -77,19 +81,3 @@ def _run_jaxpr_if(
         return jax.jvp(branches, primals, tangents)
 
     return in_place(predicate, leaves, consts)
-
-
-def _vary_like(leaves: list[Any], avals: Any) -> list[Any]:
-    """Inside `jax.shard_map`: `leaves`, varying over the mesh axes that what replaces them varies over."""
-    pairs = list(zip(leaves, avals, strict=True))
-    missing = [tuple(sorted(_varying_axes(aval) - _varying_axes(jax.typeof(leaf)))) for leaf, aval in pairs]
-    if not any(missing):
-        return leaves
-    return [
-        lax.pcast(leaf, axes, to="varying") if axes else leaf
-        for leaf, axes in zip(leaves, missing, strict=True)
-    ]
-
-
-def _varying_axes(aval: Any) -> frozenset[str]:
-    return getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())

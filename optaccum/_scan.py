@@ -16,12 +16,13 @@ import numpy as np
 from jax import lax
 
 from optaccum import _reductions as reductions
-from optaccum._data_axes import vary, vary_like, varying_axes, zeros_of
+from optaccum._data_axes import zeros_of
 from optaccum._loss import Terms
 from optaccum._micro_loss import MicroLoss, Scalars
 from optaccum._noise_scale import squared_norm
 from optaccum._split import take
 from optaccum._two_forms import run_as
+from optaccum._varying import vary, vary_like, varying_axes
 
 PyTree = Any
 
@@ -74,11 +75,9 @@ def choose_form(
     in_place: bool | None, losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands
 ) -> bool:
     """Whether to sum in place: where it can be, and is of use. Raises where `in_place=True` cannot be."""
-    if in_place is None and not any(loss.has_scan for loss in losses):
-        return (
-            False  # the compiler adds each gradient as it arises, and needs no buffer for them all either way
-        )
-    if in_place is False or options.skip_nonfinite or options.track_noise_scale:
+    # Without a scan, over layers say, the compiler adds each gradient as it arises: references would save nothing.
+    wanted = any(loss.has_scan for loss in losses) if in_place is None else in_place
+    if not wanted or options.skip_nonfinite or options.track_noise_scale:
         return False
     obstacle, cause = _obstacle(losses, options, operands)
     if obstacle and in_place:

@@ -1,7 +1,8 @@
-"""A batch into micro-batches and back, without copying it and without moving it across devices.
+"""A batch into micro-batches and back.
 
-Micro-batch i of n is `batch[i::n]`: for rows that n divides, column i of the batch reshaped to (rows, n). Where the
-batch is sharded over devices, each device keeps its own rows, whereas contiguous slices would gather them.
+Micro-batch i of n is `batch[i::n]`. For rows that n divides it is column i of the batch reshaped to (rows, n): nothing
+is copied, and where the batch is sharded over devices each keeps its own rows, whereas contiguous slices would gather
+them.
 """
 
 from collections.abc import Sequence

@@ -16,8 +16,6 @@ from optaccum._data_axes import (
     extreme,
     is_last_device,
     over_devices,
-    vary,
-    varying_axes,
 )
 from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of
 from optaccum._loss import EXAMPLES, loss_terms, total_ratio
@@ -26,6 +24,7 @@ from optaccum._noise_scale import NoiseEstimates, estimate_noise, squared_norm
 from optaccum._run_if import run_if
 from optaccum._scan import LoopOptions, Operands, Sums, choose_form, run_loop, sum_weights
 from optaccum._split import batch_size_of, resolve_num_microbatches, size_and_count, split
+from optaccum._varying import vary, varying_axes
 
 PyTree = Any
 
@@ -228,12 +227,11 @@ def _finish(
         return [mean(*leaf) for leaf in zip(grads, loop_options.is_max, strict=True)]
 
     grads = sums.grads
-    if not several and in_place:
+    if not several:  # otherwise the cotangents were divided
         # Left to itself XLA writes some of the quotients to new buffers. A loop works in place, if the compiler
         # cannot see that it takes one trip.
-        grads = run_if(lax.optimization_barrier(jnp.bool_(True)), divide, grads)
-    elif not several:  # otherwise the cotangents were divided
-        grads = divide(grads)
+        once = lax.optimization_barrier(jnp.bool_(True))
+        grads = run_if(once, divide, grads) if in_place else divide(grads)
     value = total_ratio(sums.terms)
     if options.skip_nonfinite:
         value = jnp.where(none_left, jnp.full_like(value, jnp.nan), value)

@@ -53,7 +53,7 @@ def test_state_threads_through_the_micro_batches_and_ends_in_the_model(jit):
     expected_model, expected_loss, expected_grads = one_after_the_other(N, x)
     model = Model(nnx.Rngs(0))
     untouched = state_of(model)
-    grad_fn = optaccum.nnx.value_and_grad(loss_fn, num_microbatches=N, has_aux=True)
+    grad_fn = optaccum.nnx.value_and_grad(loss_fn, num_microbatches=N, has_aux=True, in_place=jit)
     (loss, h), grads = (nnx.jit(lambda model, x: grad_fn(model, x)) if jit else grad_fn)(model, x)
 
     chex.assert_trees_all_close(loss, expected_loss, rtol=1e-6)

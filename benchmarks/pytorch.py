@@ -10,6 +10,8 @@ import numpy as np
 from benchmarks.sizes import Sizes
 from benchmarks.transformer import HEAD_WIDTH
 
+STEPS = WHOLE, ACCUMULATED = "PyTorch, at once", "PyTorch, accumulated"
+
 
 def is_installed() -> bool:
     return importlib.util.find_spec("torch") is not None
@@ -97,4 +99,4 @@ def training_steps(sizes: Sizes) -> dict[str, Callable[[], Any]]:
         optimizer.zero_grad()
         return ()
 
-    return {"at once": lambda: step(1), "accumulated": lambda: step(sizes.k)}
+    return {WHOLE: lambda: step(1), ACCUMULATED: lambda: step(sizes.k)}

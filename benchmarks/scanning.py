@@ -108,8 +108,7 @@ def run(sizes: Sizes) -> Section:
         f"tokens in k = {sizes.k} micro-batches; float32 sums but in `microbatch`, which sums in the "
         "gradients' own dtype. `microbatch` is given `AccumulationType.MEAN`, its default being the sum. "
         "No accumulation is the whole batch at once; overhead is time over that, PyTorch's over PyTorch's own. "
-        "A training step is the gradients and AdamW, with donated arguments. (Alone, the gradients of unrolled layers "
-        "are summed in the results' own buffers: less memory, but fewer products that run side by side on a CPU.)"
+        "A training step is the gradients and AdamW, with donated arguments."
     )
     return Section("Scanning", text, tables, targets)
 

@@ -115,11 +115,13 @@ def as_summand(x: Any) -> jax.Array:
     return x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
 
 
-def ratio(total: jax.Array, weight: jax.Array) -> jax.Array:
-    """Total / weight, and zero where the weight is zero, whatever the total."""
+def ratio(total: jax.Array, weight: jax.Array, *, may_be_zero: bool = True) -> jax.Array:
+    """Total / weight; where the weight may be zero, zero there, whatever the total."""
     dtype = at_least_float32(total.dtype)
-    quotient = total.astype(dtype) / jnp.where(weight != 0, weight, 1).astype(dtype)
-    return jnp.where(weight != 0, quotient, jnp.zeros_like(quotient))
+    total, weight = total.astype(dtype), weight.astype(dtype)
+    if not may_be_zero:
+        return total / weight
+    return jnp.where(weight != 0, total / jnp.where(weight != 0, weight, 1), 0)
 
 
 class _Reduction(NamedTuple):
@@ -223,7 +225,7 @@ def finish(acc: PyTree) -> PyTree:
     def value(x):
         if isinstance(x, WeightedMean):
             return jax.tree.map(lambda total: ratio(total, x.weight), x.total)
-        return x.total / x.weight.astype(x.total.dtype) if isinstance(x, Mean) else x.value
+        return ratio(x.total, x.weight, may_be_zero=False) if isinstance(x, Mean) else x.value
 
     return map_wrappers(value, acc)
 

@@ -41,9 +41,9 @@ class Operands(NamedTuple):
 class Sums(NamedTuple):
     """What the loop adds up; the scan's carry."""
 
-    grads: list[jax.Array | None]  # None: in a reference
     terms: Terms
     num_examples: jax.Array  # shape=(), float32
+    grads: list[jax.Array | None]  # None: in a reference
     aux: PyTree
     carry: PyTree
     num_skipped: jax.Array  # shape=(), int32

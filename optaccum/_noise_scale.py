@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optaccum._dtypes import at_least_float32
 
@@ -72,8 +73,11 @@ def squared_norm(tree: Any) -> jax.Array:
     for leaf in jax.tree.leaves(tree):
         for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
             wide = part.astype(at_least_float32(part.dtype))
+            sharding = jax.typeof(wide).sharding
+            everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if any(sharding.spec) else None
             # A dot: squares XLA would share with an optimizer that has them too (Adam), and so keep a copy.
-            total = total + jnp.tensordot(wide, wide, axes=wide.ndim).astype(jnp.float32)
+            dot = jnp.tensordot(wide, wide, axes=wide.ndim, out_sharding=everywhere)
+            total = total + dot.astype(jnp.float32)
     return total
 
 

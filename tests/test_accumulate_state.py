@@ -161,7 +161,9 @@ def test_accumulators_take_the_sharding_of_the_parameters():
         with jax.set_mesh(mesh):
             sharding = jax.NamedSharding(mesh, jax.P("data", "model"))
             params = jax.device_put(jnp.ones((8, 4), jnp.bfloat16), sharding)
-            tx = optaccum.accumulate(optax.adam(0.1), 2, should_skip_update_fn=optax.skip_not_finite)
+            tx = optaccum.accumulate(
+                optax.adam(0.1), 2, should_skip_update_fn=optax.skip_not_finite, track_noise_scale=True
+            )
             state = tx.init(params)
             assert state.grad_sum.sharding.is_equivalent_to(sharding, 2)
             step = jax.jit(lambda p, s, tx=tx: optaccum.apply_gradients(tx, p, s, p))

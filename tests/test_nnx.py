@@ -246,12 +246,3 @@ def test_accumulate_in_linens_train_state():
 def test_mistakes_are_named_where_they_are_made(options, error, match):
     with pytest.raises(error, match=match):
         optaccum.nnx.value_and_grad(loss_fn, **({"num_microbatches": 2} if options else {}), **options)
-
-
-def test_state_that_changes_its_structure_is_refused():
-    def growing(model, x):
-        model.extra = nnx.Variable(jnp.zeros(3))
-        return jnp.mean(model(x) ** 2)
-
-    with pytest.raises((TypeError, ValueError), match=r"structure|carry"):
-        optaccum.nnx.value_and_grad(growing, num_microbatches=2)(Model(nnx.Rngs(0)), inputs())

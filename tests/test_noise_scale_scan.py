@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import assert_trees_close
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optaccum
 
@@ -189,3 +190,20 @@ def test_it_keeps_nothing_of_the_size_of_the_parameters():
         return jax.jit(grad_fn).lower(params, batch).compile().memory_analysis().temp_size_in_bytes
 
     assert temp(**OPTIONS) < temp(in_place=False) + params.nbytes / 8
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_parameters_may_be_sharded(kind):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(16, DIM)), jnp.float32)
+    expected = noise_of(linear, jnp.zeros(DIM), x, 4)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jnp.zeros(DIM), NamedSharding(mesh, P("model")))
+        rows = jax.device_put(x, NamedSharding(mesh, P("data", "model")))
+
+        def loss_fn(params, x):
+            products = jnp.dot(x, params, out_sharding=P("data") if kind == AxisType.Explicit else None)
+            return products.mean()
+
+        noise = noise_of(loss_fn, params, rows, 4)
+    assert_trees_close(jax.device_get(noise), jax.device_get(expected), rtol=1e-5)

@@ -12,6 +12,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from optaccum._dtypes import at_least_float32
 from optaccum._varying import vary_like
 
 PyTree = Any
@@ -140,6 +141,26 @@ def _names(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
+def psum(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
+    """`lax.psum`, in float32 for 16-bit floats on CPU.
+
+    There XLA (JAX 0.10 and 0.12) aborts on a 16-bit all-reduce over some axes of a mesh, the others being left to
+    the compiler: "Invalid binary instruction opcode copy". It would convert them to float32 itself.
+    """
+
+    def widen(x):
+        return x.astype(at_least_float32(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    def on_cpu(tree):
+        return jax.tree.map(
+            lambda total, x: total.astype(x.dtype), lax.psum(jax.tree.map(widen, tree), axes), tree
+        )
+
+    if all(widen(x).dtype == x.dtype for x in jax.tree.leaves(tree)):
+        return lax.psum(tree, axes)
+    return lax.platform_dependent(tree, cpu=on_cpu, default=lambda tree: lax.psum(tree, axes))
+
+
 def device_index(axes: tuple[str, ...]) -> jax.Array:
     """This device's index along the data axes, shape=(), int32."""
     return lax.axis_index(axes)
@@ -158,7 +179,7 @@ def from_device(x: jax.Array, axes: tuple[str, ...], is_source: jax.Array) -> ja
         key_data = from_device(jax.random.key_data(x), axes, is_source)
         return jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(x))
     as_number = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
-    return lax.psum(jnp.where(is_source, as_number, jnp.zeros_like(as_number)), axes).astype(x.dtype)
+    return psum(jnp.where(is_source, as_number, jnp.zeros_like(as_number)), axes).astype(x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -169,9 +190,10 @@ def extreme(x: jax.Array, axes: tuple[str, ...], reduce: Callable[..., jax.Array
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return reduce(x, axes)
     # An all-reduce's maximum of NaN and a number may be the number (as on CPUs).
-    has_nan = jnp.isnan(x).astype(x.dtype)
-    out, nan = reduce(jnp.stack([x, has_nan if reduce is lax.pmax else -has_nan]), axes)
-    return jnp.where(nan != 0, jnp.nan, out)
+    wide = x.astype(at_least_float32(x.dtype))  # as in `psum`
+    has_nan = jnp.isnan(wide).astype(wide.dtype)
+    out, nan = reduce(jnp.stack([wide, has_nan if reduce is lax.pmax else -has_nan]), axes)
+    return jnp.where(nan != 0, jnp.nan, out).astype(x.dtype)
 
 
 @extreme.defjvp
@@ -181,7 +203,7 @@ def _extreme_jvp(axes, reduce, primals, tangents):
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return out, tangent
     is_out = x == out
-    return out, lax.psum(jnp.where(is_out, tangent, 0), axes) / lax.psum(is_out.astype(x.dtype), axes)
+    return out, psum(jnp.where(is_out, tangent, 0), axes) / psum(is_out.astype(x.dtype), axes)
 
 
 @jax.tree_util.register_dataclass
@@ -207,7 +229,7 @@ def average_carry(carry: PyTree, axes: tuple[str, ...]) -> PyTree:
                 f"expected a floating carry{jax.tree_util.keystr(path)} to average over data_axes={axes}; "
                 f"got dtype {x.dtype}. Return it in aux instead, wrapped in optaccum.Last or optaccum.Sum."
             )
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(at_least_float32(x.dtype))
         return lax.pmean(wide, axes).astype(x.dtype)
 
     return jax.tree_util.tree_map_with_path(average, carry, is_leaf=lambda x: isinstance(x, Replicated))

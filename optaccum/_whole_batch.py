@@ -16,6 +16,7 @@ from optaccum._data_axes import (
     extreme,
     is_last_device,
     over_devices,
+    psum,
 )
 from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of
 from optaccum._loss import EXAMPLES, loss_terms, total_ratio
@@ -191,7 +192,7 @@ def _across(sums: Sums, loop_options: LoopOptions, axes: tuple[str, ...]) -> Sum
     # Counts go as float32, for arrays of one dtype cross together.
     totals = (sums.num_examples, sums.num_skipped, sums.num_weighted, sums.sq_norm_sum)
     totals = [x.astype(jnp.float32) for x in totals]
-    summed, terms, totals = lax.psum((summed, sums.terms, totals), axes)
+    summed, terms, totals = psum((summed, sums.terms, totals), axes)
     counts = sums.num_examples != 0 if loop_options.skip_nonfinite else None
     grads = [
         extreme(own, axes, lax.pmax) if total is None else total
@@ -256,7 +257,7 @@ def _unvary(grad: jax.Array, like: jax.Array, is_max: bool) -> jax.Array:
     axes = tuple(varying_axes(grad) - varying_axes(like))
     if not axes:
         return grad
-    return extreme(grad, axes, lax.pmax) if is_max else lax.psum(grad, axes)
+    return extreme(grad, axes, lax.pmax) if is_max else psum(grad, axes)
 
 
 def _unpack(out: Any, options: Options) -> tuple[Any, PyTree, PyTree]:

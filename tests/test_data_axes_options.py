@@ -241,13 +241,27 @@ def test_meta_gradient(kind, in_place):
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected[1])) > 1e-2
 
 
+@pytest.mark.parametrize(
+    "layout", ["data", "data and model"]
+)  # 16-bit all-reduces over some axes abort XLA on CPU
 @pytest.mark.parametrize("accumulator_dtype", [jnp.float32, None])
-def test_bf16_parameters(accumulator_dtype):
+def test_bf16_parameters(accumulator_dtype, layout):
+    def loss_fn(params, batch):
+        h = (batch["x"] @ params["w"]).astype(jnp.bfloat16)
+        return mean_loss(params, batch), (optaccum.Max(h.max()), optaccum.Last(h[-1, 0]))
+
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params())
-    value, grads = run(mean_loss, AUTO, params=params, accumulator_dtype=accumulator_dtype)
+    options = {"accumulator_dtype": accumulator_dtype, "layout": layout, "has_aux": True}
+    reduction = {"grad_reduction_fn": lambda path, _: "max" if "scale" in str(path) else "mean"}
+    (value, (most, last)), grads = run(loss_fn, AUTO, params=params, **options)
+    _, maxima = run(loss_fn, AUTO, params=params, **options, **reduction)
     assert value.dtype == jnp.float32
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     expected = jax.grad(mean_loss)(wide, make_batch())
     dtype = accumulator_dtype or jnp.bfloat16
     expected = jax.tree.map(lambda x: x.astype(dtype), expected)
     assert_trees_close(grads, expected, rtol=2e-2, atol=3e-2)
+    h = (make_batch()["x"] @ params["w"]).astype(jnp.bfloat16)
+    assert (most, last) == (h.max(), h[-1, 0])
+    assert maxima["scale"].dtype == jnp.bfloat16
+    assert (maxima["scale"] >= grads["scale"].astype(jnp.bfloat16)).all()

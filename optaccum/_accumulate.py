@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from optaccum._accumulate_state import AccumulateState
+from optaccum._check_state import check_is_state
 from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of, check_accumulator_dtype
 from optaccum._inner_update import make_inner_update
 from optaccum._micro_step import make_micro_step
 from optaccum._noise_scale import init_noise_state
 from optaccum._schedule import ByWeight, check_every_k
-from optaccum._window import Options, close, enter
+from optaccum._window import Options, call_skip_fn, close, enter
 
 
 def accumulate(
@@ -124,7 +125,7 @@ def _init(options: Options, params: optax.Params) -> AccumulateState:
     gradient_step = jnp.zeros([], jnp.int32)
     if options.should_skip_update_fn is not None:
         zeros = jax.tree.map(jnp.zeros_like, params)
-        skip_state = options.should_skip_update_fn(zeros, gradient_step, params)[1]
+        _, skip_state = call_skip_fn(options.should_skip_update_fn, zeros, gradient_step, params)
     return AccumulateState(
         micro_step=jnp.zeros([], jnp.int32),
         gradient_step=gradient_step,
@@ -152,6 +153,7 @@ def _update(
     **extra_args: Any,
 ) -> tuple[optax.Updates, AccumulateState]:
     """One micro-step: zero updates, or the inner optimizer's at the end of the window."""
+    check_is_state(state)
     step = make_micro_step(
         updates,
         state.grad_sum,

@@ -136,6 +136,11 @@ def find_states(opt_state: Any) -> list[AccumulateState]:
     return states
 
 
+def has_state(opt_state: Any) -> bool:
+    """Whether a pytree holds an `AccumulateState`."""
+    return bool(_states_in(opt_state))
+
+
 def _states_in(tree: Any) -> list[AccumulateState]:
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, AccumulateState))
     return [leaf for leaf in leaves if isinstance(leaf, AccumulateState)]

@@ -10,6 +10,7 @@ import optax
 from optaccum._accumulate import options_of
 from optaccum._accumulate_state import AccumulateState
 from optaccum._avals import keep_avals
+from optaccum._check_state import check_is_state
 from optaccum._inner_update import make_inner_update
 from optaccum._micro_step import make_micro_step
 from optaccum._window import close, enter
@@ -47,7 +48,7 @@ def apply_gradients(
       The new parameters and the new state.
 
     Raises:
-      TypeError, ValueError: as the update of `optaccum.accumulate`.
+      TypeError, ValueError: as the update of `optaccum.accumulate`; ValueError for no parameters.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp, optax, optaccum
@@ -62,6 +63,8 @@ def apply_gradients(
       >>> params.tolist()
       [-2.0, -2.0]
     """
+    if params is None:
+        raise ValueError("apply_gradients expects the parameters that it is to update, got None.")
     options = options_of(tx)
     if options is None or not isinstance(state, AccumulateState):
         return _update_and_apply(tx, grads, state, params, weight, denominator, extra_args)
@@ -102,7 +105,8 @@ def flush(
       exact zeros and `inner` does not run.
 
     Raises:
-      TypeError: `tx` is not made by `optaccum.accumulate` (a chain around one is not), or a weight is given.
+      TypeError: `tx` is not made by `optaccum.accumulate` (a chain around one is not), the state is not of one, or a
+        weight is given.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaccum
@@ -116,11 +120,12 @@ def flush(
       [-2.0, -2.0]
     """
     options = options_of(tx)
-    if options is None or not isinstance(state, AccumulateState):
+    if options is None:
         raise TypeError(
-            "flush expects a transformation that optaccum.accumulate made, and its state; got "
-            f"{type(tx).__name__} and {type(state).__name__}. Of a chain, flush the accumulate in it."
+            f"flush expects a transformation that optaccum.accumulate made, got {type(tx).__name__}. Of a chain, flush "
+            "the accumulate in it."
         )
+    check_is_state(state)
     for name in ("weight", "denominator"):
         if name in extra_args:
             raise TypeError(f"flush takes no {name}: it divides by what the window holds.")

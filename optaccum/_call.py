@@ -47,6 +47,12 @@ def as_indices(argnums: int | Sequence[int], name: str) -> tuple[int, ...]:
     return tuple(int(i) for i in indices)
 
 
+def check_function(fn: Any, name: str) -> None:
+    """Raises for what cannot be called."""
+    if not callable(fn):
+        raise TypeError(f"expected {name} to be a function; got {fn!r}.")
+
+
 def split_call(roles: Roles, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Layout]:
     """Sorts a call's arguments by role.
 
@@ -71,6 +77,12 @@ def split_call(roles: Roles, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     # 1, 1.0 and True are equal and hash alike; a program traced for one is not right for the others.
     static = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
     return call, Layout(roles, len(args), structure, static)
+
+
+def by_name(layout: Layout, call: Call) -> dict[str, PyTree]:
+    """A call's arguments but the batch, by names for error messages."""
+    diff = {f"argument {i}": x for i, x in zip(layout.roles.diff, call.diff, strict=True)}
+    return diff | {"the key": call.key, "the carry": call.carry, "another argument": call.rest}
 
 
 def join_call(layout: Layout, call: Call) -> tuple[list[Any], dict[str, Any]]:
@@ -104,6 +116,17 @@ def jit_call(fn: Callable[..., Any]) -> Callable[..., Any]:
     return call_fn
 
 
+def fold_in(key: jax.Array, index: jax.Array) -> jax.Array:
+    """`jax.random.fold_in`, with an error that names the argument."""
+    try:
+        return jax.random.fold_in(key, index)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"expected single PRNG keys at key_argnum, such as jax.random.key(0); got shape {key.shape} and dtype "
+            f"{key.dtype}. Keys for each example, as jax.random.split gives them, go into the batch."
+        ) from error
+
+
 def resolve_roles(roles: Roles, num_args: int | None = None) -> Roles:
     """Indices into `num_args` arguments; before there are any, as given.
 
@@ -116,7 +139,8 @@ def resolve_roles(roles: Roles, num_args: int | None = None) -> Roles:
         index = i + num_args if i < 0 and num_args is not None else i
         if num_args is not None and not 0 <= index < num_args:
             raise ValueError(
-                f"expected {name} within the {num_args} positional arguments; got {i}. Pass that argument by position."
+                f"expected {name} within the call's {num_args} positional arguments, counted from 0; got {i}. Pass "
+                f"that argument by position, or give another {name}."
             )
         if index in owner:
             raise ValueError(

@@ -6,11 +6,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaccum._accumulate_state import AccumulateState
+from optaccum._accumulate_state import AccumulateState, has_state
 from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of
 from optaccum._noise_scale import NoiseScaleState
 
 _ADVICE = "Restore it with the options that it was saved with, or start from init."
+
+
+def check_is_state(state: Any) -> None:
+    """Raises, with the way out, for what is no state of `optaccum.accumulate`."""
+    if isinstance(state, AccumulateState):
+        return
+    advice = "Pass what this transformation's init, or its last call, returned; (grads, state, params) is the order."
+    if isinstance(state, optax.MultiStepsState):
+        advice = "optaccum.from_multi_steps goes on from it."
+    elif has_state(state):
+        advice = (
+            "It holds one: update, or flush, the whole transformation that it belongs to, or that one alone."
+        )
+    raise TypeError(f"expected an optaccum.AccumulateState, got {type(state).__name__}. {advice}")
 
 
 def check_state(
@@ -21,9 +35,10 @@ def check_state(
 ) -> None:
     """Raises, by name, where a state lacks what an option keeps, or would round what it adds up."""
     kept = dict(state.extra_sums)
-    if missing := [name for name in averaged_extra_args if name not in kept]:
+    if set(averaged_extra_args) != set(kept):
         raise ValueError(
-            f"averaged_extra_args expects a state with sums of {missing}, got {sorted(kept)}. {_ADVICE}"
+            f"averaged_extra_args expects a state with sums of {sorted(averaged_extra_args)}, got {sorted(kept)}. "
+            f"{_ADVICE}"
         )
     if track_noise_scale and not isinstance(state.noise_state, NoiseScaleState):
         raise ValueError(f"track_noise_scale expects a state that keeps it, got none. {_ADVICE}")
@@ -38,10 +53,22 @@ def check_state(
             )
 
 
+def check_skip_state(kept: Any, returned: Any) -> None:
+    """Raises where a state was saved without a skip function, or with another."""
+    structures = jax.tree.structure(kept), jax.tree.structure(returned)
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"should_skip_update_fn expects a state that keeps what it returns, {structures[1]}; got {structures[0]}. "
+            f"{_ADVICE}"
+        )
+
+
 def explain_inner_state(
     inner: optax.GradientTransformationExtraArgs, inner_state: Any, params: optax.Params | None
 ) -> str | None:
     """How `inner_state` differs from what `inner` makes for `params`; None where that cannot be told."""
+    if params is None:
+        return None
     try:
         expected = jax.eval_shape(inner.init, params)
     except Exception:  # an init that wants values, or parameters that were not given: its own error will do

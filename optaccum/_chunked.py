@@ -10,7 +10,17 @@ from jax import lax
 
 from optaccum import _reductions as reductions
 from optaccum._bare_aux import AuxLeaf, describe_bare, wrap_bare
-from optaccum._call import Call, Layout, Roles, as_indices, jit_call, join_call, split_call
+from optaccum._call import (
+    Call,
+    Layout,
+    Roles,
+    as_indices,
+    check_function,
+    fold_in,
+    jit_call,
+    join_call,
+    split_call,
+)
 from optaccum._data_axes import zeros_of
 from optaccum._split import (
     batch_size_of,
@@ -64,7 +74,8 @@ def chunked(
       >>> bool(jnp.allclose(jax.grad(loss_fn)(0.3, x), jax.grad(lambda w: jnp.var(jnp.tanh(x * w)))(0.3)))
       True
     """
-    check_split_options(num_microbatches, microbatch_size)
+    check_function(fn, "fn")
+    num_microbatches, microbatch_size = check_split_options(num_microbatches, microbatch_size)
     roles = Roles(
         diff=(),
         batch=as_indices(batch_argnums, "batch_argnums"),
@@ -74,7 +85,7 @@ def chunked(
 
     def whole_batch(layout: Layout, n: int, call: Call) -> PyTree:
         def call_fn(micro_batch, index):
-            key = jax.tree.map(lambda key: jax.random.fold_in(key, index), call.key)
+            key = jax.tree.map(lambda key: fold_in(key, index), call.key)
             args, kwargs = join_call(layout, call._replace(batch=micro_batch, key=key))
             return fn(*args, **kwargs)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -71,30 +71,37 @@ def _check_not_manual(mesh: Any, axes: tuple[str, ...]) -> Any:
     return mesh
 
 
-def check_layout(replicated: PyTree, batch_size: int, mesh: Any, axes: tuple[str, ...]) -> int:
-    """The number of devices along the data axes.
+def as_axes(data_axes: Any) -> tuple[str, ...]:
+    """One name, several or None as a tuple of mesh axis names."""
+    axes = (
+        (data_axes,)
+        if isinstance(data_axes, str) or not isinstance(data_axes, Iterable)
+        else tuple(data_axes)
+    )
+    axes = () if data_axes is None else axes
+    if not all(isinstance(axis, str) for axis in axes):
+        raise TypeError(f"expected data_axes to name one mesh axis or several; got {data_axes!r}.")
+    return axes
 
-    Raises:
-      ValueError: where the rows do not divide over them, or an argument other than the batch is seen to be
-        sharded over one of them.
-    """
+
+def check_layout(replicated: dict[str, PyTree], batch_size: int, mesh: Any, axes: tuple[str, ...]) -> None:
+    """Raises where rows do not divide over the devices, or what is not the batch is seen to be sharded over them."""
     num_devices = math.prod(mesh.shape[axis] for axis in axes)
     if batch_size % num_devices:
         raise ValueError(
             f"expected the batch to divide over the {num_devices} devices along data_axes={axes}; got "
             f"{batch_size} rows. Pad the batch with rows of weight 0, or leave data_axes out."
         )
-    for path, x in jax.tree_util.tree_leaves_with_path(replicated):
+    for (name, *path), x in jax.tree_util.tree_leaves_with_path(replicated):
         if not isinstance(x, jax.Array):
             continue
         spec = _sharding(x).spec
         if set(axes) & {name for entry in spec for name in _names(entry)}:
             raise ValueError(
                 f"expected only the batch to be sharded over data_axes={axes}; got {spec} at "
-                f"{jax.tree_util.keystr(path)}. With parameters sharded over a data axis (FSDP), leave "
-                "data_axes out."
+                f"{name.key}{jax.tree_util.keystr(tuple(path))}. With parameters sharded over a data axis (FSDP), "
+                "leave data_axes out."
             )
-    return num_devices
 
 
 def over_devices(fn: Callable[..., Any], mesh: Any, axes: tuple[str, ...]) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ _SUM = (
 )
 _TWICE = (
     "the loss is divided by the batch size twice: the accumulated value is {n} times the whole batch's. "
-    "Return the mean over the examples that the loss function is given."
+    "Return the mean over the examples that the loss function is given, or the sum as a WeightedMean's total."
 )
 _WEIGHTS = (
     "unequal weights: the loss divides by a weight (tokens, a mask's sum) that differs between "
@@ -54,7 +54,8 @@ _STATISTICS = (
 )
 _PAIRS = (
     "the examples of a batch see each other, as in a contrastive loss, which does not split into "
-    "micro-batches. Compute the outputs with optaccum.chunked and the loss on the whole batch."
+    "micro-batches. Compute the outputs with optaccum.chunked and the loss on the whole batch. (A random loss looks "
+    "like this too, where its key is not named with key_argnum.)"
 )
 _KEY = (
     "a key that matters: the loss is random, and each micro-batch draws from its own key, so the numbers "

@@ -97,6 +97,8 @@ def _real_scalar(x: Any, name: str, or_integer: bool = False) -> jax.Array:
     """A real scalar in float32 at least."""
     kinds = (jnp.floating, jnp.integer) if or_integer else (jnp.floating,)
     try:
+        if x is None:
+            raise TypeError("a loss function without return")
         dtype, shape = jnp.result_type(x), jnp.shape(x)
     except (TypeError, ValueError) as e:
         raise TypeError(

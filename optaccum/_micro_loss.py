@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
-from optaccum._bare_aux import describe_bare, wrap_bare
+from optaccum._bare_aux import check_one_shape, describe_bare, wrap_bare
 from optaccum._loss import EXAMPLES, LossTerms, add_terms, denominators
 from optaccum._split import size_and_count, take
 
@@ -74,7 +74,9 @@ def trace_loss(
         sizes = num_examples, num_microbatches
         return MicroLoss(call, traced.consts, structs, *sizes, traced.effects, traced.has_scan)
 
-    return [micro_loss(*each) for each in zip(groups, micro_batches, traced, strict=True)]
+    losses = [micro_loss(*each) for each in zip(groups, micro_batches, traced, strict=True)]
+    check_one_shape([loss.structs[1][2] for loss in losses])
+    return losses
 
 
 def _trace(call_loss: Callable[..., Any], *args: PyTree) -> _Traced:

@@ -73,9 +73,9 @@ def micro_steps_in_window(every_k: EveryK, gradient_step: jax.Array, weight_emit
     k = every_k.fn(weight_emitted) if isinstance(every_k, ByWeight) else every_k(gradient_step)
     if isinstance(k, (int, np.integer)):
         return check_every_k(k)
-    if jnp.shape(k) != () or not jnp.issubdtype(jnp.result_type(k), jnp.number):
+    if k is None or jnp.shape(k) != () or not jnp.issubdtype(jnp.result_type(k), jnp.number):
         raise TypeError(
             "every_k_schedule expects its function to return a number of micro-steps, a scalar; "
-            f"got shape {jnp.shape(k)}, dtype {jnp.result_type(k)}."
+            f"got {'None' if k is None else f'shape {jnp.shape(k)}, dtype {jnp.result_type(k)}'}."
         )
     return k

@@ -33,8 +33,10 @@ def resolve_num_microbatches(
     return n
 
 
-def check_split_options(num_microbatches: int | None, microbatch_size: int | None) -> None:
-    """Raises unless exactly one of the two is given, and is an int >= 1."""
+def check_split_options(
+    num_microbatches: int | None, microbatch_size: int | None
+) -> tuple[int | None, int | None]:
+    """The two as ints; raises unless exactly one is given, and is an int >= 1."""
     given = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
     given = {name: size for name, size in given.items() if size is not None}
     if len(given) != 1:
@@ -47,6 +49,8 @@ def check_split_options(num_microbatches: int | None, microbatch_size: int | Non
             raise TypeError(f"expected {name} to be an int >= 1; got {size!r} of type {type(size).__name__}.")
         if int(size) < 1:
             raise ValueError(f"expected {name} to be an int >= 1; got {size!r}.")
+    as_int = {name: int(size) for name, size in given.items()}
+    return as_int.get("num_microbatches"), as_int.get("microbatch_size")
 
 
 def batch_size_of(batch: PyTree) -> int:

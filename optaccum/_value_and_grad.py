@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from optaccum._call import Roles, as_indices, jit_call, resolve_roles, split_call
-from optaccum._data_axes import check_layout, find_mesh
+from optaccum._call import Roles, as_indices, by_name, check_function, jit_call, resolve_roles, split_call
+from optaccum._data_axes import as_axes, check_layout, find_mesh
 from optaccum._dtypes import AccumulatorDType, check_accumulator_dtype
 from optaccum._split import batch_size_of, check_split_options
 from optaccum._whole_batch import Options, whole_batch
@@ -102,6 +102,8 @@ def value_and_grad(
       >>> round(float(jnp.mean((batch["x"] - 1.0) ** 2)), 4)
       20.5
     """
+    check_function(loss_fn, "loss_fn")
+    num_microbatches, microbatch_size = check_split_options(num_microbatches, microbatch_size)
     options = Options(
         roles=Roles(
             diff=as_indices(argnums, "argnums"),
@@ -115,7 +117,7 @@ def value_and_grad(
         has_aux=has_aux,
         accumulator_dtype=check_accumulator_dtype(accumulator_dtype),
         skip_nonfinite=skip_nonfinite,
-        data_axes=(data_axes,) if isinstance(data_axes, str) else tuple(data_axes or ()),
+        data_axes=as_axes(data_axes),
         in_place=in_place,
         grad_reduction_fn=grad_reduction_fn,
         return_info=return_info,
@@ -130,7 +132,7 @@ def value_and_grad(
         call, layout = split_call(options.roles, args, kwargs)
         mesh = find_mesh(call, options.data_axes) if options.data_axes else None
         if mesh is not None:
-            check_layout(call._replace(batch=()), batch_size_of(call.batch), mesh, options.data_axes)
+            check_layout(by_name(layout, call), batch_size_of(call.batch), mesh, options.data_axes)
         value, aux, grads, info = compiled(layout, mesh, call)
         results = ((value, aux) if has_aux else value, grads)
         return (*results, info) if return_info else results
@@ -173,7 +175,8 @@ def grad(loss_fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 def _check_options(options: Options) -> None:
     resolve_roles(options.roles)
-    check_split_options(options.num_microbatches, options.microbatch_size)
+    if options.grad_reduction_fn is not None:
+        check_function(options.grad_reduction_fn, "grad_reduction_fn")
     if options.roles.carry is not None and not options.has_aux:
         raise ValueError("carry_argnum expects has_aux=True: loss_fn returns (loss, (new_carry, rest)).")
     if options.track_noise_scale and not options.return_info:

@@ -11,7 +11,7 @@ import numpy as np
 
 from optaccum._call import Call, Layout, Roles, as_indices, join_call, split_call
 from optaccum._compare import least_sizes, relative_errors
-from optaccum._data_axes import find_mesh
+from optaccum._data_axes import as_axes, find_mesh
 from optaccum._diagnose import LossOf, diagnose, explain_not_finite, take_rows
 from optaccum._loss import loss_value
 from optaccum._split import batch_size_of, check_split_options, resolve_num_microbatches
@@ -111,8 +111,7 @@ def verify(
     if rtol is not None and not rtol >= 0:
         raise ValueError(f"expected rtol to be None or a number >= 0; got {rtol!r}.")
     options = value_and_grad_options
-    sizes = options.get("num_microbatches"), options.get("microbatch_size")
-    check_split_options(*sizes)
+    sizes = check_split_options(options.get("num_microbatches"), options.get("microbatch_size"))
     call, layout = split_call(_roles(options), args, {})
     batch_size = batch_size_of(call.batch)
     n = resolve_num_microbatches(batch_size, *sizes)
@@ -180,8 +179,7 @@ def _roles(options: dict[str, Any]) -> Roles:
 
 def _mesh_axes(options: dict[str, Any], call: Call) -> dict[str, int]:
     """The sizes of the mesh axes that `data_axes` names."""
-    axes = options.get("data_axes") or ()
-    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    axes = as_axes(options.get("data_axes"))
     return {axis: find_mesh(call, axes).shape[axis] for axis in axes}
 
 

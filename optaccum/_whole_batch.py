@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaccum import _reductions as reductions
-from optaccum._call import Call, Layout, Roles, join_call
+from optaccum._call import Call, Layout, Roles, fold_in, join_call
 from optaccum._data_axes import (
     average_carry,
     device_index,
@@ -278,7 +278,7 @@ def _fold_in(key: PyTree, index: jax.Array, axes: tuple[str, ...]) -> PyTree:
     """The micro-batch's own keys, and on several devices the device's own."""
 
     def fold(key):
-        key = jax.random.fold_in(key, index)
+        key = fold_in(key, index)
         return jax.random.fold_in(key, device_index(axes)) if axes else key
 
     return jax.tree.map(fold, key)

@@ -15,7 +15,7 @@ from jax import lax
 
 from optaccum._accumulate_state import AccumulateState, add_to_total, two_sum
 from optaccum._avals import keep_avals
-from optaccum._check_state import check_state
+from optaccum._check_state import check_skip_state, check_state
 from optaccum._dtypes import AccumulatorDType, at_least_float32
 from optaccum._micro_step import MicroStep
 from optaccum._noise_scale import NoiseScaleState, average_in, estimate_noise, squared_norm
@@ -129,14 +129,26 @@ def _skip(
     if options.should_skip_update_fn is None:
         return None, state.skip_state
     skip_fn = cheaper(options.should_skip_update_fn, state.skip_state)
-    skip, skip_state = skip_fn(step.grads, state.gradient_step, params)
-    skip = jnp.asarray(skip)
+    skip, skip_state = call_skip_fn(skip_fn, step.grads, state.gradient_step, params)
+    check_skip_state(state.skip_state, skip_state)
+    return skip, keep_avals(skip_state, state.skip_state, "what should_skip_update_fn returns")
+
+
+def call_skip_fn(skip_fn: Callable[..., Any], *args: Any) -> tuple[jax.Array, Any]:
+    """Whether to drop, and the pytree to keep; raises for a function that does not decide."""
+    returned = skip_fn(*args)
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise TypeError(
+            "should_skip_update_fn expects to return (a bool scalar, a pytree), such as (skip, ()); it returned "
+            f"{type(returned).__name__}."
+        )
+    skip, skip_state = jnp.asarray(returned[0]), returned[1]
     if skip.shape != () or skip.dtype != jnp.bool_:
         raise TypeError(
             "should_skip_update_fn expects to return (a bool scalar, a pytree); its first came with shape "
             f"{skip.shape} and dtype {skip.dtype}. Reduce over the gradients, as optax.skip_not_finite does."
         )
-    return skip, keep_avals(skip_state, state.skip_state, "what should_skip_update_fn returns")
+    return skip, skip_state
 
 
 def _divide(options: Options, state: AccumulateState, emits: jax.Array) -> AccumulateState:

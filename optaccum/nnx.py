@@ -10,7 +10,7 @@ from flax import nnx
 
 import optaccum
 from optaccum._call import as_indices
-from optaccum._data_axes import Replicated, device_index
+from optaccum._data_axes import Replicated, as_axes, device_index
 
 # How the state that is not differentiated divides: frozen parameters, what else is not of an Rngs, and that of Rngs.
 _OTHERS = (nnx.Param, nnx.Not(nnx.RngState), ...)
@@ -70,8 +70,7 @@ def value_and_grad(
         raise ValueError(
             f"expected the model to come first, argnums=0 or nnx.DiffState(0, ...); got {argnums!r}."
         )
-    data_axes = options.get("data_axes") or ()
-    data_axes = (data_axes,) if isinstance(data_axes, str) else tuple(data_axes)
+    data_axes = as_axes(options.get("data_axes"))
 
     differentiated = nnx.filterlib.to_predicate(wrt)
 

@@ -153,7 +153,15 @@ def test_options_that_contradict_raise_where_they_are_made(options, error, messa
         ),
         (lambda p, b: (mean_loss(p, b), 1.0), {}, TypeError, "has_aux=True"),
         (mean_loss, {"has_aux": True}, TypeError, r"return \(loss, aux\)"),
-        (mean_loss, {"argnums": 5}, ValueError, "2 positional arguments; got 5"),
+        (lambda p, b: None, {}, TypeError, "got NoneType"),
+        (mean_loss, {"argnums": 5}, ValueError, r"2 positional arguments.*got 5"),
+        *(
+            (lambda p, b, k=kind: (mean_loss(p, b), {"a": k(b["mask"])}), {"has_aux": True}, TypeError, match)
+            for kind, match in [
+                (optaccum.Max, r"Max holds in aux\['a'\]"),
+                (optaccum.Stack, "bare, to be concat"),
+            ]
+        ),
         (mean_loss, {"num_microbatches": 8}, ValueError, "8 micro-batches for 7 examples"),
         (LOSSES["terms"][0], {"skip_nonfinite": True}, ValueError, "share one weight"),
         (mean_loss, {"grad_reduction_fn": lambda path, leaf: "sum"}, ValueError, '"mean" or "max"'),
@@ -163,6 +171,20 @@ def test_mistakes_are_named_at_the_first_call(loss_fn, options, error, match):
     grad_fn = optaccum.value_and_grad(loss_fn, **({"num_microbatches": 2} | options))
     with pytest.raises(error, match=match):
         jax.eval_shape(grad_fn, PARAMS, BATCH)
+
+
+@pytest.mark.parametrize("key", [3, jax.random.split(jax.random.key(0))], ids=["a seed", "several"])
+@pytest.mark.parametrize("make", [optaccum.value_and_grad, optaccum.chunked])
+def test_what_is_no_key_is_named(make, key):
+    with pytest.raises(TypeError, match="single PRNG keys at key_argnum"):
+        make(lambda p, b, key: mean_loss(p, b), num_microbatches=2, key_argnum=2)(PARAMS, BATCH, key)
+
+
+def test_array_sizes_are_taken():
+    expected = optaccum.value_and_grad(mean_loss, num_microbatches=2)(PARAMS, BATCH)
+    assert_trees_equal(
+        optaccum.value_and_grad(mean_loss, num_microbatches=jnp.int32(2))(PARAMS, BATCH), expected
+    )
 
 
 def test_integer_parameters_and_changing_carries_are_refused_by_name():

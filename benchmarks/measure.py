@@ -1,8 +1,8 @@
 """Timing in turns, and memory from compiled programs."""
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median as median
 from typing import Any
 
 import jax
@@ -36,11 +36,7 @@ def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float:
 def over_sum(seconds: Mapping[str, list[float]], over: str, under: Sequence[str]) -> float:
     """The median over rounds of one contender's time over that of several one after another."""
     sums = [sum(times) for times in zip(*(seconds[name] for name in under), strict=True)]
-    return statistics.median(a / b for a, b in zip(seconds[over], sums, strict=True))
-
-
-def median(seconds: list[float]) -> float:
-    return statistics.median(seconds)
+    return median(a / b for a, b in zip(seconds[over], sums, strict=True))
 
 
 def num_bytes(tree: Any) -> int:

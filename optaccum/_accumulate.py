@@ -9,13 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from optaccum._accumulate_state import AccumulateState
-from optaccum._check_state import check_is_state
 from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of, check_accumulator_dtype
-from optaccum._inner_update import make_inner_update
-from optaccum._micro_step import make_micro_step
 from optaccum._noise_scale import init_noise_state
 from optaccum._schedule import ByWeight, check_every_k
-from optaccum._window import Options, call_skip_fn, close, enter
+from optaccum._window import Options, call_skip_fn, close_with_updates, enter
 
 
 def accumulate(
@@ -153,26 +150,8 @@ def _update(
     **extra_args: Any,
 ) -> tuple[optax.Updates, AccumulateState]:
     """One micro-step: zero updates, or the inner optimizer's at the end of the window."""
-    check_is_state(state)
-    step = make_micro_step(
-        updates,
-        state.grad_sum,
-        params,
-        weight=weight,
-        denominator=denominator,
-        averaged_extra_args=options.averaged_extra_args,
-        extra_args=extra_args,
-    )
-    inner_update, updates_like = make_inner_update(
-        options.inner, updates, state.inner_state, params, extra_args
-    )
-    state, full = enter(options, step, state, params)
-
-    def step_fn(_, inner_state, gradient, averages):
-        return inner_update(gradient, inner_state, params, averages)
-
-    zeros = jax.tree.map(jnp.zeros_like, updates_like)
-    return close(options, state, full, zeros, step_fn)
+    state, full = enter(options, updates, state, params, weight, denominator, extra_args)
+    return close_with_updates(options, state, full, updates, params, extra_args)
 
 
 def _checked_inner(inner: Any) -> Any:

@@ -1,5 +1,6 @@
 """The state of streaming accumulation, and what can be asked of it."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -91,11 +92,9 @@ def has_updated(opt_state: Any) -> jax.Array:
       [False, True, False, True]
     """
     states = find_states(opt_state)
-    states += [inner for state in states for inner in _states_in(state.inner_state)]  # a window of windows
-    result = jnp.asarray(states[0].has_updated)
-    for state in states[1:]:
-        result = result & state.has_updated
-    return result
+    for state in states:  # it grows: windows of windows
+        states += _states_in(state.inner_state)
+    return functools.reduce(jnp.logical_and, [state.has_updated for state in states], jnp.bool_(True))
 
 
 def weight_total(opt_state: Any) -> float:

@@ -12,8 +12,7 @@ from optaccum._accumulate_state import AccumulateState
 from optaccum._avals import keep_avals
 from optaccum._check_state import check_is_state
 from optaccum._inner_update import make_inner_update
-from optaccum._micro_step import make_micro_step
-from optaccum._window import close, enter
+from optaccum._window import close, close_with_updates, enter
 
 
 def apply_gradients(
@@ -67,18 +66,12 @@ def apply_gradients(
         raise ValueError("apply_gradients expects the parameters that it is to update, got None.")
     options = options_of(tx)
     if options is None or not isinstance(state, AccumulateState):
-        return _update_and_apply(tx, grads, state, params, weight, denominator, extra_args)
-    step = make_micro_step(
-        grads,
-        state.grad_sum,
-        params,
-        weight=weight,
-        denominator=denominator,
-        averaged_extra_args=options.averaged_extra_args,
-        extra_args=extra_args,
-    )
+        given = {"weight": weight, "denominator": denominator}  # for an `accumulate` inside
+        extra_args |= {name: value for name, value in given.items() if value is not None}
+        updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra_args)
+        return optax.apply_updates(params, updates), state
+    state, full = enter(options, grads, state, params, weight, denominator, extra_args)
     inner_update, _ = make_inner_update(options.inner, grads, state.inner_state, params, extra_args)
-    state, full = enter(options, step, state, params)
 
     def step_fn(params, inner_state, gradient, averages):
         updates, inner_state = inner_update(gradient, inner_state, params, averages)
@@ -130,15 +123,8 @@ def flush(
         if name in extra_args:
             raise TypeError(f"flush takes no {name}: it divides by what the window holds.")
     unseen = {name: jnp.zeros([], jnp.float32) for name in options.averaged_extra_args}
-    inner_update, updates_like = make_inner_update(
-        options.inner, _gradients_like(params), state.inner_state, params, unseen | extra_args
-    )
-
-    def step_fn(_, inner_state, gradient, averages):
-        return inner_update(gradient, inner_state, params, averages)
-
-    zeros = jax.tree.map(jnp.zeros_like, updates_like)
-    return close(options, state, state.micro_step > 0, zeros, step_fn)
+    like = _gradients_like(params)
+    return close_with_updates(options, state, state.micro_step > 0, like, params, unseen | extra_args)
 
 
 def _gradients_like(params: optax.Params) -> optax.Updates:
@@ -149,19 +135,3 @@ def _gradients_like(params: optax.Params) -> optax.Updates:
         return jnp.zeros_like(leaf) if is_float else np.zeros(jnp.shape(leaf), jax.dtypes.float0)
 
     return jax.tree.map(zeros, params)
-
-
-def _update_and_apply(
-    tx: optax.GradientTransformation,
-    grads: optax.Updates,
-    state: optax.OptState,
-    params: optax.Params,
-    weight: Any,
-    denominator: Any,
-    extra_args: dict[str, Any],
-) -> tuple[optax.Params, optax.OptState]:
-    """Any other transformation, which may have an `accumulate` inside."""
-    given = {"weight": weight, "denominator": denominator}
-    extra_args = extra_args | {name: value for name, value in given.items() if value is not None}
-    updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra_args)
-    return optax.apply_updates(params, updates), state

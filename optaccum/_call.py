@@ -47,6 +47,11 @@ def as_indices(argnums: int | Sequence[int], name: str) -> tuple[int, ...]:
     return tuple(int(i) for i in indices)
 
 
+def as_index(argnum: int | None, name: str) -> int | None:
+    """An int, or None where there is none."""
+    return None if argnum is None else as_indices(argnum, name)[0]
+
+
 def check_function(fn: Any, name: str) -> None:
     """Raises for what cannot be called."""
     if not callable(fn):
@@ -63,17 +68,14 @@ def split_call(roles: Roles, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     by_role = {*roles.diff, *roles.batch, roles.key, roles.carry}
     others = [None if i in by_role else arg for i, arg in enumerate(args)]
     leaves, structure = jax.tree.flatten((others, kwargs))
+    as_arrays = functools.partial(jax.tree.map, jnp.asarray)
     call = Call(
-        diff=tuple(args[i] for i in roles.diff),
-        batch=tuple(args[i] for i in roles.batch),
-        key=() if roles.key is None else args[roles.key],
-        carry=() if roles.carry is None else args[roles.carry],
+        diff=as_arrays(tuple(args[i] for i in roles.diff)),
+        batch=as_arrays(tuple(args[i] for i in roles.batch)),
+        key=() if roles.key is None else as_arrays(args[roles.key]),
+        carry=() if roles.carry is None else jax.tree.map(_strongly_typed, args[roles.carry]),
         rest=[leaf for leaf in leaves if _is_array(leaf)],
     )
-    call = call._replace(
-        **jax.tree.map(jnp.asarray, {"diff": call.diff, "batch": call.batch, "key": call.key})
-    )
-    call = call._replace(carry=jax.tree.map(_strongly_typed, call.carry))
     # 1, 1.0 and True are equal and hash alike; a program traced for one is not right for the others.
     static = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
     return call, Layout(roles, len(args), structure, static)
@@ -103,7 +105,6 @@ def join_call(layout: Layout, call: Call) -> tuple[list[Any], dict[str, Any]]:
 def jit_call(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles `fn(layout, static, call)` once for each layout, static argument and shapes."""
 
-    @functools.wraps(fn)
     def call_fn(layout, static, call):
         try:
             hash((layout, static))

@@ -14,6 +14,7 @@ from optaccum._call import (
     Call,
     Layout,
     Roles,
+    as_index,
     as_indices,
     check_function,
     fold_in,
@@ -79,7 +80,7 @@ def chunked(
     roles = Roles(
         diff=(),
         batch=as_indices(batch_argnums, "batch_argnums"),
-        key=None if key_argnum is None else as_indices(key_argnum, "key_argnum")[0],
+        key=as_index(key_argnum, "key_argnum"),
         carry=None,
     )
 

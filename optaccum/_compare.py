@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optaccum._reductions import as_summand
+
 PyTree = Any
 
 
@@ -50,13 +52,9 @@ def relative_errors(
 
 def _norm(x: jax.Array) -> jax.Array:
     """|x| in the 2-norm, without underflow or overflow; NaN where x is not finite."""
-    size = jnp.abs(_wide(x))
+    size = jnp.abs(as_summand(x))
     largest = jnp.max(size, initial=0)
     return largest * jnp.sqrt(jnp.sum(jnp.square(size / jnp.where(largest > 0, largest, 1))))
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 @jax.jit
@@ -66,7 +64,7 @@ def _norms(leaves: list[jax.Array]) -> list[jax.Array]:
 
 @jax.jit
 def _distances(leaves: list[jax.Array], others: list[jax.Array]) -> list[jax.Array]:
-    return [_norm(_wide(x) - _wide(y)) for x, y in zip(leaves, others, strict=True)]
+    return [_norm(as_summand(x) - as_summand(y)) for x, y in zip(leaves, others, strict=True)]
 
 
 def _ratio(difference: float, size: float) -> float:

@@ -168,14 +168,9 @@ def psum(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
     return lax.platform_dependent(tree, cpu=on_cpu, default=lambda tree: lax.psum(tree, axes))
 
 
-def device_index(axes: tuple[str, ...]) -> jax.Array:
-    """This device's index along the data axes, shape=(), int32."""
-    return lax.axis_index(axes)
-
-
 def is_last_device(axes: tuple[str, ...], counts: jax.Array | None) -> jax.Array:
     """Whether this device is the last along the data axes, of those where `counts` holds; shape=(), bool."""
-    index = device_index(axes)
+    index = lax.axis_index(axes)
     last = lax.axis_size(axes) - 1 if counts is None else lax.pmax(jnp.where(counts, index, -1), axes)
     return index == last
 
@@ -236,7 +231,6 @@ def average_carry(carry: PyTree, axes: tuple[str, ...]) -> PyTree:
                 f"expected a floating carry{jax.tree_util.keystr(path)} to average over data_axes={axes}; "
                 f"got dtype {x.dtype}. Return it in aux instead, wrapped in optaccum.Last or optaccum.Sum."
             )
-        wide = x.astype(at_least_float32(x.dtype))
-        return lax.pmean(wide, axes).astype(x.dtype)
+        return lax.pmean(x.astype(at_least_float32(x.dtype)), axes).astype(x.dtype)
 
     return jax.tree_util.tree_map_with_path(average, carry, is_leaf=lambda x: isinstance(x, Replicated))

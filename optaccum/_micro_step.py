@@ -22,7 +22,6 @@ def make_micro_step(
     grads: optax.Updates,
     grad_sum: optax.Updates,
     params: optax.Params | None,
-    *,
     weight: Any,
     denominator: Any,
     averaged_extra_args: tuple[str, ...],
@@ -76,7 +75,13 @@ def without_float0(grads: optax.Updates, params: optax.Params | None) -> optax.U
     """`grads` with zeros of the parameter's dtype for float0, the gradient of an integer parameter."""
     if params is None:
         return jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.int8) if is_float0(g) else jnp.asarray(g), grads)
-    return jax.tree.map(lambda g, p: jnp.zeros_like(p) if is_float0(g) else jnp.asarray(g), grads, params)
+
+    def replaced(grad, param):
+        if grad is None:
+            return None
+        return jnp.zeros_like(param) if is_float0(grad) else jnp.asarray(grad)
+
+    return jax.tree.map(replaced, grads, params, is_leaf=lambda g: g is None)
 
 
 def is_float0(leaf: Any) -> bool:

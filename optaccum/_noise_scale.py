@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from optaccum._dtypes import at_least_float32
 
@@ -74,7 +74,7 @@ def squared_norm(tree: Any) -> jax.Array:
         for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
             wide = part.astype(at_least_float32(part.dtype))
             sharding = jax.typeof(wide).sharding
-            everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if any(sharding.spec) else None
+            everywhere = sharding.update(spec=PartitionSpec()) if any(sharding.spec) else None
             # A dot: squares XLA would share with an optimizer that has them too (Adam), and so keep a copy.
             dot = jnp.tensordot(wide, wide, axes=wide.ndim, out_sharding=everywhere)
             total = total + dot.astype(jnp.float32)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaccum._data_axes import extreme, from_device
+from optaccum._data_axes import extreme, from_device, psum
 from optaccum._dtypes import at_least_float32
 from optaccum._split import join
 
@@ -92,18 +92,14 @@ class Mean:
     weight: Any
 
 
-@dataclasses.dataclass(frozen=True)
+@_pytree
 class Concat:
     """A leaf whose axis `axis` is the batch's."""
 
     value: Any
-    axis: int
+    axis: int = dataclasses.field(metadata={"static": True})
 
 
-jax.tree_util.register_dataclass(Concat, data_fields=["value"], meta_fields=["axis"])
-
-WRAPPERS = (WeightedMean, Sum, Max, Min, Last, Stack)
-_STACKED = (Stack, Concat)
 CHOICES = "optaccum.WeightedMean, Sum, Max, Min, Last or Stack"
 
 
@@ -146,31 +142,19 @@ def _highest(x: jax.Array) -> jax.Array:
     return jnp.full_like(x, jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).max)
 
 
-def _sum_across(x: jax.Array, axes: tuple[str, ...], _: jax.Array) -> jax.Array:
-    return lax.psum(x, axes)
-
-
-def _max_across(x: jax.Array, axes: tuple[str, ...], _: jax.Array) -> jax.Array:
-    return extreme(x, axes, lax.pmax)
-
-
-def _min_across(x: jax.Array, axes: tuple[str, ...], _: jax.Array) -> jax.Array:
-    return extreme(x, axes, lax.pmin)
-
-
-_SUM = _Reduction(jnp.zeros_like, jnp.add, _sum_across)
+_SUM = _Reduction(jnp.zeros_like, jnp.add, lambda x, axes, _: psum(x, axes))
 _REDUCTIONS: dict[type, _Reduction] = {
     WeightedMean: _SUM,
     Mean: _SUM,
     Sum: _SUM,
-    Max: _Reduction(lowest, jnp.maximum, _max_across),
-    Min: _Reduction(_highest, jnp.minimum, _min_across),
+    Max: _Reduction(lowest, jnp.maximum, lambda x, axes, _: extreme(x, axes, lax.pmax)),
+    Min: _Reduction(_highest, jnp.minimum, lambda x, axes, _: extreme(x, axes, lax.pmin)),
     Last: _Reduction(jnp.zeros_like, lambda _, x: x, from_device),
 }
 
 
 def is_wrapper(x: Any) -> bool:
-    return isinstance(x, (*WRAPPERS, Mean, Concat))
+    return type(x) in _REDUCTIONS or _is_stacked(x)
 
 
 def map_wrappers(fn: Callable[..., Any], aux: PyTree, *rest: PyTree) -> PyTree:
@@ -178,7 +162,7 @@ def map_wrappers(fn: Callable[..., Any], aux: PyTree, *rest: PyTree) -> PyTree:
 
 
 def _is_stacked(x: Any) -> bool:
-    return isinstance(x, _STACKED)
+    return isinstance(x, Stack | Concat)
 
 
 def prepare(wrapper: Any) -> Any:

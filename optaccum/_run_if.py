@@ -40,10 +40,10 @@ def run_if(predicate: Any, fn: Callable[[Carry], Carry], carry: Carry) -> Carry:
     # What replaces the carry may vary over more mesh axes than it does.
     while any(map(operator.is_not, varied := vary_like(leaves, closed.out_avals), leaves)):
         leaves, closed = varied, trace(*varied)
-    return treedef.unflatten(_run_jaxpr_if(_hoist(closed, leaves), predicate, leaves, closed.consts))
+    return treedef.unflatten(_run_jaxpr_if(hoist(closed, leaves), predicate, leaves, closed.consts))
 
 
-def _hoist(closed: Any, leaves: list[Any]) -> Callable[..., list[Any]]:
+def hoist(closed: Any, leaves: list[Any]) -> Callable[..., list[Any]]:
     """The function of (closed-over values, leaves) that a jaxpr stands for.
 
     A `custom_jvp` may not close over tracers, and a jaxpr may keep those it closed over alive (JAX 0.12):

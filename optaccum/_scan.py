@@ -20,7 +20,7 @@ from optaccum._data_axes import zeros_of
 from optaccum._loss import Terms
 from optaccum._micro_loss import MicroLoss, Scalars
 from optaccum._noise_scale import squared_norm
-from optaccum._split import take
+from optaccum._split import size_and_count, take
 from optaccum._two_forms import run_as
 from optaccum._varying import vary, vary_like, varying_axes
 
@@ -192,15 +192,17 @@ def _scan_groups(
             index, micro_batch = xs
             return loss.call(diff, micro_batch, operands.key, index, carry, *consts)
 
-        def body(carry, _, first=first, group=group, call=call, num_examples=loss.num_examples):
+        num_examples, count = size_and_count(group)
+
+        def body(carry, _, first=first, group=group, call=call, num_examples=num_examples):
             i, state = carry  # counted, for a scan over indices would keep them all
             state, output = step(state, (first + i, take(group, i)), call, num_examples)
             return (i + 1, state), output
 
         counted = (jnp.int32(0), state)
-        (_, state), output = lax.scan(body, counted, length=loss.num_microbatches, unroll=options.unroll)
+        (_, state), output = lax.scan(body, counted, length=count, unroll=options.unroll)
         outputs.append(output)
-        first += loss.num_microbatches
+        first += count
     return state, outputs
 
 

@@ -6,7 +6,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from optaccum._call import Roles, as_indices, by_name, check_function, jit_call, resolve_roles, split_call
+from optaccum._call import (
+    Roles,
+    as_index,
+    as_indices,
+    by_name,
+    check_function,
+    jit_call,
+    resolve_roles,
+    split_call,
+)
 from optaccum._data_axes import as_axes, check_layout, find_mesh
 from optaccum._dtypes import AccumulatorDType, check_accumulator_dtype
 from optaccum._split import batch_size_of, check_split_options
@@ -108,8 +117,8 @@ def value_and_grad(
         roles=Roles(
             diff=as_indices(argnums, "argnums"),
             batch=as_indices(batch_argnums, "batch_argnums"),
-            key=None if key_argnum is None else as_indices(key_argnum, "key_argnum")[0],
-            carry=None if carry_argnum is None else as_indices(carry_argnum, "carry_argnum")[0],
+            key=as_index(key_argnum, "key_argnum"),
+            carry=as_index(carry_argnum, "carry_argnum"),
         ),
         one_argnum=hasattr(argnums, "__index__"),
         num_microbatches=num_microbatches,

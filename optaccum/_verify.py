@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._call import Call, Layout, Roles, as_indices, join_call, split_call
+from optaccum._call import Call, Layout, Roles, as_index, as_indices, join_call, split_call
 from optaccum._compare import least_sizes, relative_errors
 from optaccum._data_axes import as_axes, find_mesh
 from optaccum._diagnose import LossOf, diagnose, explain_not_finite, take_rows
@@ -165,15 +165,11 @@ def verify(
 
 def _roles(options: dict[str, Any]) -> Roles:
     """The arguments' roles, with `value_and_grad`'s defaults."""
-
-    def index(name):
-        return None if options.get(name) is None else as_indices(options[name], name)[0]
-
     return Roles(
         diff=as_indices(options.get("argnums", 0), "argnums"),
         batch=as_indices(options.get("batch_argnums", 1), "batch_argnums"),
-        key=index("key_argnum"),
-        carry=index("carry_argnum"),
+        key=as_index(options.get("key_argnum"), "key_argnum"),
+        carry=as_index(options.get("carry_argnum"), "carry_argnum"),
     )
 
 

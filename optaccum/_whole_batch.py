@@ -10,14 +10,7 @@ from jax import lax
 
 from optaccum import _reductions as reductions
 from optaccum._call import Call, Layout, Roles, fold_in, join_call
-from optaccum._data_axes import (
-    average_carry,
-    device_index,
-    extreme,
-    is_last_device,
-    over_devices,
-    psum,
-)
+from optaccum._data_axes import average_carry, extreme, is_last_device, over_devices, psum
 from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of
 from optaccum._loss import EXAMPLES, loss_terms, total_ratio
 from optaccum._micro_loss import MicroLoss, trace_loss
@@ -98,8 +91,8 @@ def _one_device(
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves((batch, others))))
     diff = vary(leaves, axes)
     call_loss = functools.partial(_call_loss, loss_fn, options, layout, others, structure, _num_rows(groups))
-    losses = trace_loss(call_loss, groups, diff, others.key, others.carry)
-    operands = Operands(diff, groups, others.key, others.carry, [x.consts for x in losses], cotangents=None)
+    losses, consts = trace_loss(call_loss, groups, diff, others.key, others.carry)
+    operands = Operands(diff, groups, others.key, others.carry, consts, cotangents=None)
     in_place = choose_form(options.in_place, losses, loop_options, operands)
     if len(losses[0].structs[0]) > 1:
         operands = operands._replace(cotangents=_cotangents(options, loop_options, losses, operands))
@@ -183,7 +176,8 @@ def _cotangents(
         )
     weights = lax.stop_gradient(sum_weights(losses, loop_options, operands))
     weights = lax.psum(weights, options.data_axes) if options.data_axes else weights
-    return jax.tree.map(lambda w: reductions.ratio(jnp.ones_like(w), w), weights)
+    totals, _ = losses[0].structs
+    return jax.tree.map(lambda t, w: reductions.ratio(jnp.ones([], t.dtype), w), totals, weights)
 
 
 def _across(sums: Sums, loop_options: LoopOptions, axes: tuple[str, ...]) -> Sums:
@@ -279,7 +273,7 @@ def _fold_in(key: PyTree, index: jax.Array, axes: tuple[str, ...]) -> PyTree:
 
     def fold(key):
         key = fold_in(key, index)
-        return jax.random.fold_in(key, device_index(axes)) if axes else key
+        return jax.random.fold_in(key, lax.axis_index(axes)) if axes else key
 
     return jax.tree.map(fold, key)
 

@@ -15,9 +15,10 @@ from jax import lax
 
 from optaccum._accumulate_state import AccumulateState, add_to_total, two_sum
 from optaccum._avals import keep_avals
-from optaccum._check_state import check_skip_state, check_state
+from optaccum._check_state import check_is_state, check_skip_state, check_state
 from optaccum._dtypes import AccumulatorDType, at_least_float32
-from optaccum._micro_step import MicroStep
+from optaccum._inner_update import make_inner_update
+from optaccum._micro_step import MicroStep, make_micro_step
 from optaccum._noise_scale import NoiseScaleState, average_in, estimate_noise, squared_norm
 from optaccum._non_finite import cheaper
 from optaccum._run_if import run_if
@@ -37,9 +38,19 @@ class Options(NamedTuple):
 
 
 def enter(
-    options: Options, step: MicroStep, state: AccumulateState, params: optax.Params | None
+    options: Options,
+    grads: optax.Updates,
+    state: AccumulateState,
+    params: optax.Params | None,
+    weight: Any,
+    denominator: Any,
+    extra_args: dict[str, Any],
 ) -> tuple[AccumulateState, jax.Array]:
     """The state with this micro-step in its window, and whether the window is full now; shape=(), bool."""
+    check_is_state(state)
+    step = make_micro_step(
+        grads, state.grad_sum, params, weight, denominator, options.averaged_extra_args, extra_args
+    )
     check_state(state, options.accumulator_dtype, options.averaged_extra_args, options.track_noise_scale)
     skip, skip_state = _skip(options, step, state, params)
     first = state.micro_step == 0
@@ -120,6 +131,25 @@ def close(
         weight_total=jnp.where(emits, add_to_total(state.weight_total, state.weight_sum), state.weight_total),
         noise_state=noise_state,
     )
+
+
+def close_with_updates(
+    options: Options,
+    state: AccumulateState,
+    full: jax.Array,
+    grads: optax.Updates,
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, AccumulateState]:
+    """`close`, for the updates that `inner` gives for gradients like `grads`; zeros where it does not run."""
+    inner_update, updates_like = make_inner_update(
+        options.inner, grads, state.inner_state, params, extra_args
+    )
+
+    def step_fn(_, inner_state, gradient, averages):
+        return inner_update(gradient, inner_state, params, averages)
+
+    return close(options, state, full, jax.tree.map(jnp.zeros_like, updates_like), step_fn)
 
 
 def _skip(

@@ -10,7 +10,7 @@ from flax import nnx
 
 import optaccum
 from optaccum._call import as_indices
-from optaccum._data_axes import Replicated, as_axes, device_index
+from optaccum._data_axes import Replicated, as_axes
 
 # How the state that is not differentiated divides: frozen parameters, what else is not of an Rngs, and that of Rngs.
 _OTHERS = (nnx.Param, nnx.Not(nnx.RngState), ...)
@@ -150,7 +150,7 @@ def _on_this_device(rngs: nnx.State, data_axes: tuple[str, ...]) -> nnx.State:
 
     def fold(x):
         is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return jax.random.fold_in(x, device_index(data_axes)) if is_key else x
+        return jax.random.fold_in(x, jax.lax.axis_index(data_axes)) if is_key else x
 
     return jax.tree.map(fold, rngs) if data_axes else rngs
 

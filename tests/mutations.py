@@ -108,8 +108,8 @@ MUTATIONS = [
     ),
     Mutation(
         "flush emits where no window is open",
-        "return close(options, state, state.micro_step > 0, zeros, step_fn)",
-        "return close(options, state, state.micro_step >= 0, zeros, step_fn)",
+        "return close_with_updates(options, state, state.micro_step > 0, like,",
+        "return close_with_updates(options, state, state.micro_step >= 0, like,",
         "test_apply_gradients.py",
     ),
     Mutation(
@@ -132,7 +132,7 @@ MUTATIONS = [
     ),
     Mutation(
         "scanning: one key for all devices",
-        "return jax.random.fold_in(key, device_index(axes)) if axes else key",
+        "return jax.random.fold_in(key, lax.axis_index(axes)) if axes else key",
         "return key",
         f"{DATA_AXES} -k test_keys",
     ),

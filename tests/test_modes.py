@@ -1,7 +1,6 @@
 """Streaming and scanning in JAX's modes and ways to compile: the same numbers in each."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -211,4 +210,3 @@ def test_exported_and_read_back():
     other = train(lambda *args: like.unflatten(call(*jax.tree.leaves(args))), num_calls=3)
     with pytest.raises(AssertionError):
         assert_trees_close(other[1:], EXPECTED()[1:], rtol=1e-4, atol=1e-5)
-    assert math.isfinite(float(np.sum(actual[0])))

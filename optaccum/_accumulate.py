@@ -55,7 +55,7 @@ def accumulate(
     Args:
       inner: any Optax gradient transformation; runs once per window, in place.
       every_k_schedule: k, the micro-steps in a window: an int >= 1; a traceable function of the updates so
-        far (int32, shape=()) to a scalar k, where a k below 1 counts as 1; or `optaccum.by_weight`. A window
+        far (int32, shape=()) to a scalar k, where a traced k below 1 counts as 1; or `optaccum.by_weight`. A window
         ends at the first micro-step that makes it k or longer, so k may shrink between saving and restoring.
       use_grad_mean: True hands S / W to `inner`, False hands S. Default: True.
       accumulator_dtype: of S. A dtype is taken exactly for real leaves, but float64 stays float64 and complex

@@ -104,8 +104,8 @@ def weight_total(opt_state: Any) -> float:
       opt_state: a state of `optaccum.accumulate`, or any pytree that holds some. Concrete: not inside jit.
 
     Returns:
-      A float on the host, exact up to 2^48 for integer weights (in the middle of a window of 2^24 or more, to
-      float32 of that window); of several states, the least.
+      A float on the host, exact up to 2^48 for integer weights of 2^24 at most each (in the middle of a window of
+      more than 2^24, to float32 of that window); of several states, and of a vmapped one's members, the least.
 
     Raises:
       ValueError: `opt_state` holds no `AccumulateState`.
@@ -120,7 +120,7 @@ def weight_total(opt_state: Any) -> float:
       >>> int(optaccum.weight_total(state))
       800
     """
-    return min(float(np.asarray(s.weight_total, np.float64).sum()) for s in find_states(opt_state))
+    return min(float(np.asarray(s.weight_total, np.float64).sum(-1).min()) for s in find_states(opt_state))
 
 
 def find_states(opt_state: Any) -> list[AccumulateState]:

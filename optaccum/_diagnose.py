@@ -190,7 +190,7 @@ def _kind(loss: Callable[..., float], some: np.ndarray, others: np.ndarray, reso
         return ""
     share = at[0] / way if way else np.inf
     misfits = {_PRODUCT: abs(3 * at[0] - 3 * at[1] + way)}
-    if 0 <= share <= 1:  # 2 w_B / (w_A + 2 w_B), given w_B / (2 w_A + w_B)
+    if 0 < share < 1:  # 2 w_B / (w_A + 2 w_B), given w_B / (2 w_A + w_B)
         misfits[_WEIGHTS] = abs(at[1] - way * 4 * share / (1 + 3 * share))
     best = min(misfits, key=lambda kind: misfits[kind])
     return best if misfits[best] <= 4 * resolution else _STATISTICS

@@ -14,7 +14,7 @@ class MicroStep(NamedTuple):
     grads: optax.Updates  # dtypes as they came; float0 replaced
     unmasked_grads: optax.Updates  # the same, whatever the weight
     weight: jax.Array  # shape=(), float32: the weight or the denominator
-    scale: bool  # the gradient and the extra terms' gradient-like quantities are still to be multiplied by it
+    scale: bool  # the gradient is still to be multiplied by it
     extra_terms: dict[str, jax.Array]  # each shape=(), float32: what averaged extra args add to their sums
 
 

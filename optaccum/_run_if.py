@@ -1,4 +1,4 @@
-"""Run a function once or not at all, in place: the one control-flow primitive of streaming."""
+"""Run a function once or not at all, in place: the one control-flow primitive."""
 
 import operator
 from collections.abc import Callable

@@ -56,6 +56,7 @@ def value_and_grad(
         only); with `has_aux` a pair of that and any pytree.
       num_microbatches: n. Exactly one of this and the next.
       microbatch_size: at most this many examples at once, over all devices: n = ceil(batch size / microbatch_size).
+        With `data_axes`, where n does not divide a device's rows, each device may have one more at once.
       argnums: the positional argument or arguments to differentiate, as in `jax.value_and_grad`.
       batch_argnums: those to split; every leaf leads with the batch axis.
       has_aux: whether `loss_fn` returns (loss, aux). :class:`WeightedMean`, :class:`Sum`, :class:`Max`,
@@ -91,7 +92,8 @@ def value_and_grad(
     Returns:
       A function of `loss_fn`'s arguments that returns what `jax.value_and_grad(loss_fn, argnums, has_aux)` returns on
       the whole batch: (value, gradients) or ((value, aux), gradients), then Info if asked for. The value is float32
-      or wider. A total weight of zero gives zero value and zero gradients. It is compiled: once for each set of
+      or wider. A total weight of zero gives zero value and zero gradients (a term of several: where its gradient is
+      finite). It is compiled: once for each set of
       shapes and each value of the arguments that are not arrays, such as strings and Python numbers that are
       neither differentiated nor part of the batch.
 

@@ -23,8 +23,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 BUILD = ROOT / "build" / "matrix"
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 CELLS = ("lowest", "newest", "wheel")
-# What these look at is the checkout: its documentation, its release files, its benchmarks.
 SMOKE_TESTS = ("tests/test_accumulate_state.py", "tests/test_split.py")
+# What these look at is the checkout: its documentation, its release files, its benchmarks.
 OF_THE_CHECKOUT = ("test_benchmarks.py", "test_docs.py", "test_release.py")
 
 

@@ -252,3 +252,12 @@ def test_an_inner_whose_state_changes_shape_raises():
     tx = optaccum.accumulate(inner, 1)
     with pytest.raises(TypeError, match="inner optimizer's state may not change its shapes"):
         tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
+
+
+def test_a_none_gradient_may_stand_beside_an_array():
+    """Of what is not trained: `init` saw None there."""
+    tx = optaccum.accumulate(optax.adam(0.1), 1)
+    grads = {"w": GRADS[0]["w"], "b": None}
+    updates, _ = tx.update(grads, tx.init(grads), PARAMS)
+    assert updates["b"] is None
+    assert (updates["w"] != 0).any()

@@ -161,3 +161,25 @@ def test_accumulators_take_the_sharding_of_the_parameters():
             assert state.grad_sum.sharding.is_equivalent_to(sharding, 2)
             assert params.sharding.is_equivalent_to(sharding, 2)
             assert (np.asarray(params, np.float32) < 1).all()
+
+
+def test_windows_of_windows_of_windows():
+    tx = optax.sgd(1.0)
+    for _ in range(3):
+        tx = optaccum.accumulate(tx, 2)
+    params = jnp.zeros(2)
+    state, emitted, moved = tx.init(params), [], []
+    for _ in range(16):
+        updates, state = tx.update(jnp.ones(2), state, params)
+        emitted.append(bool(optaccum.has_updated(state)))
+        moved.append(bool((updates != 0).any()))
+    assert emitted == moved == ([False] * 7 + [True]) * 2
+
+
+def test_the_total_weight_of_a_vmapped_state_is_its_least_members():
+    tx = optaccum.accumulate(optax.sgd(1.0), 1)
+    params = jnp.zeros((3, 2))
+    state = jax.vmap(tx.init)(params)
+    update = jax.vmap(lambda g, s, p, w: tx.update(g, s, p, weight=w))
+    _, state = update(params, state, params, jnp.array([5.0, 2.0, 7.0]))
+    assert optaccum.weight_total(state) == 2.0

@@ -125,3 +125,17 @@ def test_scanned_float64_stays_float64_to_its_own_rounding(name):
         rounded = jax.tree.map(lambda x: x.astype(jnp.float32).astype(x.dtype), actual)
         with pytest.raises(AssertionError):
             assert_trees_close(rounded, actual, rtol=1e-13)
+
+
+def test_integer_weights_beside_other_terms_under_x64():
+    def loss_fn(w, batch):
+        errors = (batch["x"] * w) ** 2
+        total = optaccum.WeightedMean((errors * batch["mask"]).sum(), batch["mask"].sum())
+        return {"masked": total, "mean": errors.mean()}
+
+    with jax.enable_x64(True):
+        batch = {"x": jnp.arange(6.0), "mask": jnp.array([1, 0, 1, 1, 0, 1])}
+        value, grad = optaccum.value_and_grad(loss_fn, num_microbatches=3)(jnp.float64(1.0), batch)
+        assert (value.dtype, grad.dtype) == (jnp.float64, jnp.float64)
+    assert float(value) == pytest.approx(38 / 4 + 55 / 6, rel=1e-12)
+    assert float(grad) == pytest.approx(2 * (38 / 4 + 55 / 6), rel=1e-12)

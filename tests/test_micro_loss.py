@@ -34,6 +34,18 @@ def test_the_program_does_not_grow_with_n():
     assert program(2).count("\n") == program(512).count("\n") < program(3).count("\n")  # of two sizes
 
 
+def test_what_the_loss_closes_over_does_not_leak():
+    def scaled(scale):
+        def loss_fn(w, x):
+            h, _ = jax.lax.scan(lambda h, w: (h * w * scale, None), x, w)
+            return h.mean()
+
+        return optaccum.grad(loss_fn, num_microbatches=2)(jnp.ones(2), jnp.ones(4))
+
+    with jax.checking_leaks():
+        assert jax.jit(scaled)(2.0).tolist() == [4.0, 4.0]
+
+
 def test_a_step_is_traced_once():
     grad_fn = optaccum.grad(mean_loss, num_microbatches=3)
     step = jax.jit(chex.assert_max_traces(grad_fn, n=1))

@@ -1,6 +1,6 @@
 """Draws the documentation's figures, each for light and for dark pages: `make figures`.
 
-What a figure shows is measured by this script, or read from what `make bench` wrote.
+What a figure shows is measured by this script.
 """
 
 import pathlib

@@ -42,9 +42,7 @@ def accumulator_dtype_of(accumulator_dtype: AccumulatorDType, path: tuple[Any, .
       leaf: anything with a dtype.
     """
     own = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)  # not a weak type's default
-    own = jax.dtypes.canonicalize_dtype(
-        own, allow_extended_dtype=True
-    )  # float64 is float32 unless x64 is enabled
+    own = cast(Any, jax.dtypes.canonicalize_dtype(own, allow_extended_dtype=True))  # without x64 float32
     if _is_function(accumulator_dtype):
         dtype = cast(Callable[..., Any], accumulator_dtype)(path, leaf)
         return own if dtype is None else jax.dtypes.canonicalize_dtype(dtype)

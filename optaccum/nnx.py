@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import optaccum
-from optaccum._call import as_indices
+from optaccum._call import as_indices, check_function
 from optaccum._data_axes import Replicated, as_axes
 
 # How the state that is not differentiated divides: frozen parameters, what else is not of an Rngs, and that of Rngs.
@@ -70,8 +70,8 @@ def value_and_grad(
         raise ValueError(
             f"expected the model to come first, argnums=0 or nnx.DiffState(0, ...); got {argnums!r}."
         )
+    check_function(loss_fn, "loss_fn")
     data_axes = as_axes(options.get("data_axes"))
-
     differentiated = nnx.filterlib.to_predicate(wrt)
 
     def is_diff(path, x):
@@ -109,14 +109,14 @@ def value_and_grad(
     def grad_fn(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
         by_index = {i: arg for i, arg in enumerate(args, 1) if _has_objects(arg)}
         by_name = {name: arg for name, arg in kwargs.items() if _has_objects(arg)}
-        if objects := by_index.keys() & {i % (1 + len(args) + _APPENDED) for i in (*batch, *key)}:
+        if misplaced := by_index.keys() & {i % (1 + len(args) + _APPENDED) for i in (*batch, *key)}:
             raise TypeError(
-                f"expected arrays at batch_argnums and JAX keys at key_argnum; argument {min(objects)} is an NNX "
+                f"expected arrays at batch_argnums and JAX keys at key_argnum; argument {min(misplaced)} is an NNX "
                 "object. NNX objects, nnx.Rngs too, thread through the micro-batches by themselves."
             )
         objects = (model, by_index, by_name)
         graphdef, params, frozen, state, rngs = nnx.split(objects, is_diff, *_OTHERS)
-        args = [None if i in by_index else arg for i, arg in enumerate(args, 1)]
+        args = tuple(None if i in by_index else arg for i, arg in enumerate(args, 1))
         kwargs = {name: arg for name, arg in kwargs.items() if name not in by_name}
         carry = (state, Replicated((frozen, rngs)))
         (loss, ((state, same), aux)), grads, *info = pure_grad_fn(params, *args, graphdef, carry, **kwargs)
@@ -127,6 +127,8 @@ def value_and_grad(
 
 
 def _has_objects(arg: Any) -> bool:
+    """Whether a pytree holds NNX objects; a State, which nobody updates in place, is none."""
+
     def is_leaf(x):
         return isinstance(x, (nnx.Pytree, nnx.Variable, nnx.State))
 
@@ -135,6 +137,7 @@ def _has_objects(arg: Any) -> bool:
 
 
 def _check_same_variables(before: Sequence[nnx.State], after: Sequence[nnx.State]) -> None:
+    """Raises, by name, for what the loss adds to the objects or takes away."""
     old, new = (
         {path[1:] for state in states for path, _ in nnx.to_flat_state(state)} for states in (before, after)
     )

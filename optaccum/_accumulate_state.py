@@ -93,7 +93,7 @@ def has_updated(opt_state: Any) -> jax.Array:
     """
     states = find_states(opt_state)
     for state in states:  # it grows: windows of windows
-        states += _states_in(state.inner_state)
+        states += states_in(state.inner_state)
     return functools.reduce(jnp.logical_and, [state.has_updated for state in states], jnp.bool_(True))
 
 
@@ -125,7 +125,7 @@ def weight_total(opt_state: Any) -> float:
 
 def find_states(opt_state: Any) -> list[AccumulateState]:
     """Every `AccumulateState` in a pytree, except those inside another's `inner_state`; one at least."""
-    states = _states_in(opt_state)
+    states = states_in(opt_state)
     if not states:
         raise ValueError(
             "expected an optimizer state that holds an optaccum.AccumulateState, found none in a "
@@ -135,11 +135,7 @@ def find_states(opt_state: Any) -> list[AccumulateState]:
     return states
 
 
-def has_state(opt_state: Any) -> bool:
-    """Whether a pytree holds an `AccumulateState`."""
-    return bool(_states_in(opt_state))
-
-
-def _states_in(tree: Any) -> list[AccumulateState]:
+def states_in(tree: Any) -> list[AccumulateState]:
+    """Every `AccumulateState` in a pytree, except those inside another."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, AccumulateState))
     return [leaf for leaf in leaves if isinstance(leaf, AccumulateState)]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def keep_avals(new: Any, old: Any, what: str) -> Any:
+def keep_avals(new: Any, old: Any, what: str, advice: str = "") -> Any:
     """`new` with the dtypes and weak types of `old`; raises where structure or shapes differ.
 
     A state whose types never change is what a scan's carry, a single trace and a donated buffer need.
@@ -16,12 +16,13 @@ def keep_avals(new: Any, old: Any, what: str) -> Any:
       new: a pytree of arrays.
       old: a pytree of arrays of the same structure and shapes.
       what: what the trees are, for the error message.
+      advice: the way out of another structure.
     """
     new_leaves, new_structure = jax.tree.flatten(new)
     old_leaves, old_structure = jax.tree.flatten_with_path(old)
     if new_structure != old_structure:
         raise TypeError(
-            f"{what} may not change its structure: expected {old_structure}, got {new_structure}."
+            f"{what} may not change its structure: expected {old_structure}, got {new_structure}. {advice}".rstrip()
         )
     pairs = zip(new_leaves, old_leaves, strict=True)
     return old_structure.unflatten(_keep_aval(leaf, was, path, what) for leaf, (path, was) in pairs)

@@ -1,6 +1,6 @@
 """What the auxiliary outputs that no wrapper holds stand for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -82,20 +82,6 @@ def describe_bare(call: Callable[[PyTree], PyTree], micro_batch: PyTree, aux: Py
         AuxLeaf(path, size, x.shape, doubled.shape, x.dtype)
         for (path, x), (_, doubled) in zip(bare, twice, strict=True)
     ]
-
-
-def check_one_shape(auxes: Sequence[PyTree]) -> None:
-    """Raises where a wrapped leaf is of another shape in micro-batches of another size: it leads with rows, perhaps."""
-    first, *others = [jax.tree_util.tree_leaves_with_path(aux, is_leaf=is_wrapper) for aux in auxes]
-    for other in others:
-        for (path, x), (_, y) in zip(first, other, strict=True):
-            shapes = [jax.tree.map(jnp.shape, wrapper) for wrapper in (x, y)]
-            if not isinstance(x, Concat) and shapes[0] != shapes[1]:
-                raise TypeError(
-                    f"expected what {type(x).__name__} holds in aux{jax.tree_util.keystr(path)} to have one shape for "
-                    f"micro-batches of all sizes; got {shapes[0]} and {shapes[1]}. Leave rows of the batch bare, "
-                    "to be concatenated, or reduce over them first."
-                )
 
 
 def _bare_leaves(aux: PyTree) -> list[tuple[str, Any]]:

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaccum._accumulate_state import AccumulateState, has_state
+from optaccum._accumulate_state import AccumulateState, states_in
 from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of
 from optaccum._noise_scale import NoiseScaleState
 
-_ADVICE = "Restore it with the options that it was saved with, or start from init."
+ADVICE = "Restore it with the options that it was saved with, or start from init."
 
 
 def check_is_state(state: Any) -> None:
@@ -20,7 +20,7 @@ def check_is_state(state: Any) -> None:
     advice = "Pass what this transformation's init, or its last call, returned; (grads, state, params) is the order."
     if isinstance(state, optax.MultiStepsState):
         advice = "optaccum.from_multi_steps goes on from it."
-    elif has_state(state):
+    elif states_in(state):
         advice = (
             "It holds one: update, or flush, the whole transformation that it belongs to, or that one alone."
         )
@@ -38,10 +38,10 @@ def check_state(
     if set(averaged_extra_args) != set(kept):
         raise ValueError(
             f"averaged_extra_args expects a state with sums of {sorted(averaged_extra_args)}, got {sorted(kept)}. "
-            f"{_ADVICE}"
+            f"{ADVICE}"
         )
     if track_noise_scale and not isinstance(state.noise_state, NoiseScaleState):
-        raise ValueError(f"track_noise_scale expects a state that keeps it, got none. {_ADVICE}")
+        raise ValueError(f"track_noise_scale expects a state that keeps it, got none. {ADVICE}")
     for path, total in jax.tree.leaves_with_path(state.grad_sum):
         if accumulator_dtype is None or not jnp.issubdtype(total.dtype, jnp.floating):
             continue
@@ -49,18 +49,8 @@ def check_state(
         if jnp.finfo(total.dtype).bits < jnp.finfo(expected).bits:
             raise ValueError(
                 f"the state's grad_sum at {jax.tree_util.keystr(path) or 'the root'} is {total.dtype}, "
-                f"accumulator_dtype asks for {expected}. {_ADVICE}"
+                f"accumulator_dtype asks for {expected}. {ADVICE}"
             )
-
-
-def check_skip_state(kept: Any, returned: Any) -> None:
-    """Raises where a state was saved without a skip function, or with another."""
-    structures = jax.tree.structure(kept), jax.tree.structure(returned)
-    if structures[0] != structures[1]:
-        raise ValueError(
-            f"should_skip_update_fn expects a state that keeps what it returns, {structures[1]}; got {structures[0]}. "
-            f"{_ADVICE}"
-        )
 
 
 def explain_inner_state(

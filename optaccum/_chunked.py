@@ -109,10 +109,11 @@ def _map_groups(call_fn: Callable[[PyTree, jax.Array], PyTree], groups: list[PyT
     def call_first(micro_batch: PyTree) -> PyTree:
         return call_fn(micro_batch, jnp.int32(0))
 
+    outputs = [jax.eval_shape(call_first, take(group, 0)) for group in groups]
+    reductions.check_one_shape(outputs)
     reduced, stacked, first = None, [], 0
-    for group in groups:
-        micro_batch = take(group, 0)
-        bare = describe_bare(call_first, micro_batch, jax.eval_shape(call_first, micro_batch))
+    for group, output in zip(groups, outputs, strict=True):
+        bare = describe_bare(call_first, take(group, 0), output)
         _check_rows(bare)
 
         # Inside a scan nothing can be merged across the recomputation: no need to prevent it.

@@ -97,9 +97,7 @@ def _real_scalar(x: Any, name: str, or_integer: bool = False) -> jax.Array:
     """A real scalar in float32 at least."""
     kinds = (jnp.floating, jnp.integer) if or_integer else (jnp.floating,)
     try:
-        if x is None:
-            raise TypeError("a loss function without return")
-        dtype, shape = jnp.result_type(x), jnp.shape(x)
+        dtype, shape = jax.typeof(x).dtype, jax.typeof(x).shape  # None has none
     except (TypeError, ValueError) as e:
         raise TypeError(
             f"expected {name} to be a scalar, an optaccum.WeightedMean, or a dict of those; got {type(x).__name__}. "

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
-from optaccum._bare_aux import check_one_shape, describe_bare, wrap_bare
+from optaccum._bare_aux import describe_bare, wrap_bare
 from optaccum._loss import EXAMPLES, LossTerms, add_terms, denominators
+from optaccum._reductions import check_one_shape
 from optaccum._run_if import hoist
 from optaccum._split import take
 
@@ -50,6 +51,7 @@ def trace_loss(
     rest = (key, jnp.int32(0), carry)
     pairs = [_trace(call_loss, diff, micro_batch, *rest) for micro_batch in micro_batches]
     traced, consts = [list(each) for each in zip(*pairs, strict=True)]
+    check_one_shape([t.structs[2] for t in traced])
     names = denominators([t.structs[0] for t in traced])
 
     def micro_loss(micro_batch, traced):
@@ -64,9 +66,7 @@ def trace_loss(
 
         return traced._replace(call=call, structs=jax.eval_shape(combine, *traced.structs))
 
-    losses = [micro_loss(*each) for each in zip(micro_batches, traced, strict=True)]
-    check_one_shape([loss.structs[1][2] for loss in losses])
-    return losses, consts
+    return [micro_loss(*each) for each in zip(micro_batches, traced, strict=True)], consts
 
 
 def _trace(call_loss: Callable[..., Any], *args: PyTree) -> tuple[MicroLoss, list[Any]]:

@@ -1,7 +1,7 @@
 """What leaves a micro-batch, and how it combines into what the whole batch would give."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -163,6 +163,20 @@ def map_wrappers(fn: Callable[..., Any], aux: PyTree, *rest: PyTree) -> PyTree:
 
 def _is_stacked(x: Any) -> bool:
     return isinstance(x, Stack | Concat)
+
+
+def check_one_shape(auxes: Sequence[PyTree]) -> None:
+    """Raises where what a wrapper holds is of another shape in micro-batches of another size: rows, perhaps."""
+    first, *others = [jax.tree_util.tree_leaves_with_path(aux, is_leaf=is_wrapper) for aux in auxes]
+    for other in others:
+        for (path, x), (_, y) in zip(first, other, strict=False):  # where they differ the loop says so
+            shapes = [jax.tree.map(jnp.shape, wrapper) for wrapper in (x, y)]
+            if is_wrapper(x) and shapes[0] != shapes[1]:
+                raise TypeError(
+                    f"expected what {type(x).__name__} holds in aux{jax.tree_util.keystr(path)} to have one shape for "
+                    f"micro-batches of all sizes; got {shapes[0]} and {shapes[1]}. Leave rows of the batch bare, "
+                    "to be concatenated, or reduce over them first."
+                )
 
 
 def prepare(wrapper: Any) -> Any:

@@ -15,7 +15,7 @@ from jax import lax
 
 from optaccum._accumulate_state import AccumulateState, add_to_total, two_sum
 from optaccum._avals import keep_avals
-from optaccum._check_state import check_is_state, check_skip_state, check_state
+from optaccum._check_state import ADVICE, check_is_state, check_state
 from optaccum._dtypes import AccumulatorDType, at_least_float32
 from optaccum._inner_update import make_inner_update
 from optaccum._micro_step import MicroStep, make_micro_step
@@ -160,8 +160,7 @@ def _skip(
         return None, state.skip_state
     skip_fn = cheaper(options.should_skip_update_fn, state.skip_state)
     skip, skip_state = call_skip_fn(skip_fn, step.grads, state.gradient_step, params)
-    check_skip_state(state.skip_state, skip_state)
-    return skip, keep_avals(skip_state, state.skip_state, "what should_skip_update_fn returns")
+    return skip, keep_avals(skip_state, state.skip_state, "what should_skip_update_fn returns", ADVICE)
 
 
 def call_skip_fn(skip_fn: Callable[..., Any], *args: Any) -> tuple[jax.Array, Any]:

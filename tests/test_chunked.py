@@ -272,3 +272,8 @@ def test_mistakes_raise():
     ]:
         with pytest.raises(kind, match=message):
             call()
+
+
+def test_rows_in_a_wrapper_are_named():
+    with pytest.raises(TypeError, match=r"Max holds.*bare, to be concatenated"):
+        optaccum.chunked(lambda w, x: optaccum.Max(w * x), num_microbatches=2)(1.0, jnp.ones(5))

@@ -265,3 +265,15 @@ def test_bf16_parameters(accumulator_dtype, layout):
     assert (most, last) == (h.max(), h[-1, 0])
     assert maxima["scale"].dtype == jnp.bfloat16
     assert (maxima["scale"] >= grads["scale"].astype(jnp.bfloat16)).all()
+
+
+def test_strict_promotion_finds_no_implicit_cast_in_a_bf16_carry():
+    def loss_fn(params, batch, mean):
+        return mean_loss(params, batch), (mean + batch["x"].mean().astype(mean.dtype), ())
+
+    with jax.numpy_dtype_promotion("strict"):
+        (_, (mean, _)), _ = run(
+            loss_fn, AUTO, args=(jnp.zeros([], jnp.bfloat16),), has_aux=True, carry_argnum=2
+        )
+    assert mean.dtype == jnp.bfloat16
+    assert float(mean) == pytest.approx(N * float(make_batch()["x"].mean()), abs=0.02)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import optaccum
-from optaccum._call import as_indices, check_function
-from optaccum._data_axes import Replicated, as_axes
+from optaccum._scanning.call import as_indices, check_function
+from optaccum._scanning.data_axes import Replicated, as_axes
 
 # How the state that is not differentiated divides: frozen parameters, what else is not of an Rngs, and that of Rngs.
 _OTHERS = (nnx.Param, nnx.Not(nnx.RngState), ...)

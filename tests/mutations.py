@@ -16,7 +16,7 @@ import time
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
-STREAMING, DATA_AXES = "test_accumulate.py", "test_data_axes.py"
+STREAMING, DATA_AXES = "streaming/test_accumulate.py", "scanning/test_data_axes.py"
 
 
 class Mutation(NamedTuple):
@@ -61,7 +61,7 @@ MUTATIONS = [
         "streaming: a skip still adds its weight",
         "weight_sum=unless_skipped(weight_sum, state.weight_sum),",
         "weight_sum=weight_sum,",
-        "test_non_finite.py",
+        "streaming/test_non_finite.py",
     ),
     Mutation(
         "streaming: the sum is rounded to the gradient's dtype",
@@ -74,7 +74,7 @@ MUTATIONS = [
         "run_if(emits, emit, (target, state.inner_state, state.noise_state))",
         "jax.tree.map(lambda new, old: jnp.where(emits, new, old), emit(old := (target, state.inner_state,"
         " state.noise_state)), old)",
-        f"{STREAMING} test_apply_gradients.py",
+        f"{STREAMING} streaming/test_apply_gradients.py",
     ),
     Mutation(
         "streaming: a window without weight steps the optimizer",
@@ -98,31 +98,31 @@ MUTATIONS = [
         "streaming: counters overflow",
         "gradient_step=jnp.where(emits, optax.safe_increment(state.gradient_step), state.gradient_step)",
         "gradient_step=jnp.where(emits, state.gradient_step + 1, state.gradient_step)",
-        "test_long_runs.py -k saturate",
+        "streaming/test_long_runs.py -k saturate",
     ),
     Mutation(
         "streaming: the total weight in one word",
         "rounded, lost = two_sum(high, weight)",
         "rounded, lost = high + weight, jnp.zeros_like(high)",
-        "test_accumulate_state.py",
+        "streaming/test_accumulate_state.py",
     ),
     Mutation(
         "flush emits where no window is open",
         "return close_with_updates(options, state, state.micro_step > 0, like,",
         "return close_with_updates(options, state, state.micro_step >= 0, like,",
-        "test_apply_gradients.py",
+        "streaming/test_apply_gradients.py",
     ),
     Mutation(
         "noise scale: by the formula for equal weights",
         "return step.weight * sq_norm if step.scale else sq_norm / jnp.where(counts, step.weight, 1)",
         "return sq_norm",
-        "test_noise_scale.py",
+        "streaming/test_noise_scale.py",
     ),
     Mutation(
         "scanning: reduces in the loop",
         "diff=jax.tree.unflatten(structure, diff),",
         "diff=jax.tree.unflatten(structure, lax.pmean(diff, axes) if (axes := options.data_axes) else diff),",
-        "test_data_axes_programs.py -k test_gradients_cross_once",
+        "scanning/test_data_axes_programs.py -k test_gradients_cross_once",
     ),
     Mutation(
         "scanning: one key for all micro-batches",
@@ -140,7 +140,7 @@ MUTATIONS = [
         "scanning: contiguous split instead of strided",
         "shape = (x.shape[0] // n, n, *x.shape[1:])",
         "return x.reshape((n, x.shape[0] // n, *x.shape[1:])).swapaxes(0, 1)",
-        "test_split.py",
+        "scanning/test_split.py",
     ),
     Mutation(
         "scanning: the carry is not threaded",
@@ -164,7 +164,7 @@ MUTATIONS = [
         "scanning: a dropped micro-batch is counted and kept",
         "lambda n, old: jnp.where(finite, n, old), new, sums)",
         "lambda n, old: n, new, sums)",
-        "test_data_axes_options.py -k drop",
+        "scanning/test_data_axes_options.py -k drop",
     ),
     Mutation(
         "scanning: NaN on one device is lost",
@@ -182,19 +182,19 @@ MUTATIONS = [
         "chunked: without recomputing",
         "@functools.partial(jax.checkpoint, prevent_cse=False)\n",
         "\n",
-        "test_chunked.py -k memory",
+        "scanning/test_chunked.py -k memory",
     ),
     Mutation(
         "collectives: the counter ignores loops",
         '(in_loops if operation == "while" else outside).update(callee.outside)',
         "outside.update(callee.outside)",
-        "test_collectives.py",
+        "instruments/test_collectives.py",
     ),
     Mutation(
         "plan: off by one divisor",
         "return MicrobatchPlan(sizes[-1] // max(fitting), max(fitting),",
         "fitting = fitting[:1]\n    return MicrobatchPlan(sizes[-1] // max(fitting), max(fitting),",
-        "test_plan.py -k memory",
+        "instruments/test_plan.py -k memory",
     ),
 ]
 
@@ -215,7 +215,7 @@ def run_tests(folder: pathlib.Path, arguments: str) -> subprocess.CompletedProce
 
 def verdict(folder: pathlib.Path, mutation: Mutation, sound: set[str]) -> str:
     """How the tests take the package in `folder`, broken so; `sound` collects those that pass without."""
-    texts = {path: path.read_text() for path in (folder / "optaccum").glob("*.py")}
+    texts = {path: path.read_text() for path in (folder / "optaccum").rglob("*.py")}
     count = sum(text.count(mutation.old) for text in texts.values())
     if count != 1:
         return f"STALE: its old text occurs {count} times"

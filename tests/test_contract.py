@@ -97,10 +97,31 @@ def test_uses_only_what_jax_makes_public(source):
     assert "._src" not in source.read_text()
 
 
-def test_streaming_and_scanning_do_not_import_each_other():
-    imports = {source.stem: _imported(source) for source in _sources()}
-    for one, other in [("_accumulate", "_value_and_grad"), ("_value_and_grad", "_accumulate")]:
-        assert not any(name.startswith(f"optaccum.{other}") for name in imports.get(one, ()))
+FOLDERS = ["_streaming", "_scanning", "_instruments"]
+MAY_IMPORT = {
+    "_streaming": {"_streaming"},
+    "_scanning": {"_scanning"},
+    "_instruments": {"_instruments", "_scanning"},
+}
+
+
+def _folders_imported(source: pathlib.Path) -> set[str]:
+    parts = [name.split(".") for name in _imported(source)]
+    return {part[1] for part in parts if part[0] == "optaccum" and part[1:2] and part[1] in FOLDERS}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_imports_no_other_but_where_it_may(folder):
+    sources = list((PACKAGE / folder).glob("*.py"))
+    imported = set().union(*map(_folders_imported, sources))
+    assert folder in imported  # they are seen
+    assert imported <= MAY_IMPORT[folder]
+
+
+def test_the_shared_rooms_know_no_folder():
+    rooms = [source for source in PACKAGE.glob("_*.py") if source.name != "__init__.py"]
+    assert len(rooms) > 3
+    assert not set().union(*map(_folders_imported, rooms))
 
 
 def _functions() -> list[str]:

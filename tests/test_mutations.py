@@ -7,7 +7,7 @@ from mutations import MUTATIONS
 
 import optaccum
 
-SOURCES = [path.read_text() for path in pathlib.Path(optaccum.__file__).parent.glob("*.py")]
+SOURCES = [path.read_text() for path in pathlib.Path(optaccum.__file__).parent.rglob("*.py")]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=[mutation.breaks for mutation in MUTATIONS])

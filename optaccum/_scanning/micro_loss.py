@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
-from optaccum._bare_aux import describe_bare, wrap_bare
-from optaccum._loss import EXAMPLES, LossTerms, add_terms, denominators
-from optaccum._reductions import check_one_shape
 from optaccum._run_if import hoist
-from optaccum._split import take
+from optaccum._scanning.bare_aux import describe_bare, wrap_bare
+from optaccum._scanning.loss import EXAMPLES, LossTerms, add_terms, denominators
+from optaccum._scanning.reductions import check_one_shape
+from optaccum._scanning.split import take
 
 PyTree = Any
 Scalars = dict[str, jax.Array]

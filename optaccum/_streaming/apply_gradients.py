@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaccum._accumulate import options_of
-from optaccum._accumulate_state import AccumulateState
 from optaccum._avals import keep_avals
-from optaccum._check_state import check_is_state
-from optaccum._inner_update import make_inner_update
-from optaccum._window import close, close_with_updates, enter
+from optaccum._streaming.accumulate import options_of
+from optaccum._streaming.check_state import check_is_state
+from optaccum._streaming.inner_update import make_inner_update
+from optaccum._streaming.state import AccumulateState
+from optaccum._streaming.window import close, close_with_updates, enter
 
 
 def apply_gradients(

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaccum._accumulate_state import AccumulateState, states_in
 from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of
 from optaccum._noise_scale import NoiseScaleState
+from optaccum._streaming.state import AccumulateState, states_in
 
 ADVICE = "Restore it with the options that it was saved with, or start from init."
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import assert_trees_equal
 
 import optaccum
-from optaccum._split import (
+from optaccum._scanning.split import (
     batch_size_of,
     check_split_options,
     join,

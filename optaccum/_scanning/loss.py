@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaccum._dtypes import at_least_float32
-from optaccum._reductions import WeightedMean, ratio
+from optaccum._scanning.reductions import WeightedMean, ratio
 
 EXAMPLES = "examples"  # the name of the denominator that plain scalars share
 

@@ -9,8 +9,8 @@ import optax
 from jax import lax
 
 from optaccum._avals import keep_avals
-from optaccum._check_state import explain_inner_state
-from optaccum._micro_step import is_float0, without_float0
+from optaccum._streaming.check_state import explain_inner_state
+from optaccum._streaming.micro_step import is_float0, without_float0
 
 InnerUpdate = Callable[
     [optax.Updates, optax.OptState, optax.Params | None, dict[str, jax.Array]],

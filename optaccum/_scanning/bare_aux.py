@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaccum._reductions import CHOICES, Concat, Mean, as_summand, is_wrapper, map_wrappers, prepare
+from optaccum._scanning.reductions import CHOICES, Concat, Mean, as_summand, is_wrapper, map_wrappers, prepare
 
 PyTree = Any
 

@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from optaccum._call import Call
-from optaccum._split import unshard_rows
+from optaccum._scanning.call import Call
+from optaccum._scanning.split import unshard_rows
 
 PyTree = Any
 LossOf = Callable[[Call], tuple[Any, PyTree]]  # -> value, the carry that comes back

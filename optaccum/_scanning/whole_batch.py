@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaccum import _reductions as reductions
-from optaccum._call import Call, Layout, Roles, fold_in, join_call
-from optaccum._data_axes import average_carry, extreme, is_last_device, over_devices, psum
 from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of
-from optaccum._loss import EXAMPLES, loss_terms, total_ratio
-from optaccum._micro_loss import MicroLoss, trace_loss
 from optaccum._noise_scale import NoiseEstimates, estimate_noise, squared_norm
 from optaccum._run_if import run_if
-from optaccum._scan import LoopOptions, Operands, Sums, choose_form, run_loop, sum_weights
-from optaccum._split import batch_size_of, resolve_num_microbatches, size_and_count, split
+from optaccum._scanning import reductions
+from optaccum._scanning.call import Call, Layout, Roles, fold_in, join_call
+from optaccum._scanning.data_axes import average_carry, extreme, is_last_device, over_devices, psum
+from optaccum._scanning.loop import LoopOptions, Operands, Sums, choose_form, run_loop, sum_weights
+from optaccum._scanning.loss import EXAMPLES, loss_terms, total_ratio
+from optaccum._scanning.micro_loss import MicroLoss, trace_loss
+from optaccum._scanning.split import batch_size_of, resolve_num_microbatches, size_and_count, split
 from optaccum._varying import vary, varying_axes
 
 PyTree = Any

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from optaccum._call import (
+from optaccum._dtypes import AccumulatorDType, check_accumulator_dtype
+from optaccum._scanning.call import (
     Roles,
     as_index,
     as_indices,
@@ -16,10 +17,9 @@ from optaccum._call import (
     resolve_roles,
     split_call,
 )
-from optaccum._data_axes import as_axes, check_layout, find_mesh
-from optaccum._dtypes import AccumulatorDType, check_accumulator_dtype
-from optaccum._split import batch_size_of, check_split_options
-from optaccum._whole_batch import Options, whole_batch
+from optaccum._scanning.data_axes import as_axes, check_layout, find_mesh
+from optaccum._scanning.split import batch_size_of, check_split_options
+from optaccum._scanning.whole_batch import Options, whole_batch
 
 
 def value_and_grad(

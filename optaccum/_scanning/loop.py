@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optaccum import _reductions as reductions
-from optaccum._data_axes import zeros_of
-from optaccum._loss import Terms
-from optaccum._micro_loss import MicroLoss, Scalars
+from optaccum._in_place import run_as
 from optaccum._noise_scale import squared_norm
-from optaccum._split import size_and_count, take
-from optaccum._two_forms import run_as
+from optaccum._scanning import reductions
+from optaccum._scanning.data_axes import zeros_of
+from optaccum._scanning.loss import Terms
+from optaccum._scanning.micro_loss import MicroLoss, Scalars
+from optaccum._scanning.split import size_and_count, take
 from optaccum._varying import vary, vary_like, varying_axes
 
 PyTree = Any

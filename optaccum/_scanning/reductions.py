@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaccum._data_axes import extreme, from_device, psum
 from optaccum._dtypes import at_least_float32
-from optaccum._split import join
+from optaccum._scanning.data_axes import extreme, from_device, psum
+from optaccum._scanning.split import join
 
 PyTree = Any
 

@@ -12,7 +12,7 @@ from conftest import assert_trees_close, assert_trees_equal
 from streaming_problem import GRADS, PARAMS, run, weighted_mean
 
 import optaccum
-from optaccum._accumulate_state import add_to_total
+from optaccum._streaming.state import add_to_total
 
 
 def test_the_state_is_a_named_tuple_with_these_fields_and_dtypes():

@@ -10,7 +10,7 @@ from conftest import assert_trees_close
 from scanning_problem import BATCH, PARAMS, mean_loss
 
 import optaccum
-from optaccum._call import Roles, as_indices, join_call, split_call
+from optaccum._scanning.call import Roles, as_indices, join_call, split_call
 
 
 @pytest.mark.parametrize(("argnums", "expected"), [(1, (1,)), (np.int64(1), (1,)), ([0, -1], (0, -1))])

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import optaccum
-from optaccum._call import Call
-from optaccum._diagnose import diagnose
+from optaccum._instruments.diagnose import diagnose
+from optaccum._scanning.call import Call
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 B, T, VOCAB, D, EXPERTS = 12, 6, 13, 8, 4

@@ -6,7 +6,7 @@ import pytest
 from conftest import assert_trees_close, assert_trees_equal
 from jax import lax
 
-from optaccum._two_forms import run_as
+from optaccum._in_place import run_as
 
 WEIGHTS = jax.random.normal(jax.random.key(0), (2, 3, 3))
 ROWS = jax.random.normal(jax.random.key(1), (4, 2, 3))

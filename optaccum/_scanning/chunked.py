@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaccum import _reductions as reductions
-from optaccum._bare_aux import AuxLeaf, describe_bare, wrap_bare
-from optaccum._call import (
+from optaccum._scanning import reductions
+from optaccum._scanning.bare_aux import AuxLeaf, describe_bare, wrap_bare
+from optaccum._scanning.call import (
     Call,
     Layout,
     Roles,
@@ -22,8 +22,8 @@ from optaccum._call import (
     join_call,
     split_call,
 )
-from optaccum._data_axes import zeros_of
-from optaccum._split import (
+from optaccum._scanning.data_axes import zeros_of
+from optaccum._scanning.split import (
     batch_size_of,
     check_split_options,
     resolve_num_microbatches,

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._call import Call, Layout, Roles, as_index, as_indices, join_call, split_call
-from optaccum._compare import least_sizes, relative_errors
-from optaccum._data_axes import as_axes, find_mesh
-from optaccum._diagnose import LossOf, diagnose, explain_not_finite, take_rows
-from optaccum._loss import loss_value
-from optaccum._split import batch_size_of, check_split_options, resolve_num_microbatches
-from optaccum._value_and_grad import value_and_grad
+from optaccum._instruments.compare import least_sizes, relative_errors
+from optaccum._instruments.diagnose import LossOf, diagnose, explain_not_finite, take_rows
+from optaccum._scanning.call import Call, Layout, Roles, as_index, as_indices, join_call, split_call
+from optaccum._scanning.data_axes import as_axes, find_mesh
+from optaccum._scanning.loss import loss_value
+from optaccum._scanning.split import batch_size_of, check_split_options, resolve_num_microbatches
+from optaccum._scanning.value_and_grad import value_and_grad
 
 PyTree = Any
 GradientOf = Callable[[Call], tuple[Any, PyTree]]  # -> value, gradients

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaccum._accumulate_state import AccumulateState
 from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of, check_accumulator_dtype
 from optaccum._noise_scale import init_noise_state
-from optaccum._schedule import ByWeight, check_every_k
-from optaccum._window import Options, call_skip_fn, close_with_updates, enter
+from optaccum._streaming.schedule import ByWeight, check_every_k
+from optaccum._streaming.state import AccumulateState
+from optaccum._streaming.window import Options, call_skip_fn, close_with_updates, enter
 
 
 def accumulate(

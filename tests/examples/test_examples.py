@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).parent.parent.parent / "examples"
 
 
 def _load(name: str) -> types.ModuleType:

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optaccum._accumulate_state import AccumulateState, add_to_total, two_sum
 from optaccum._avals import keep_avals
-from optaccum._check_state import ADVICE, check_is_state, check_state
 from optaccum._dtypes import AccumulatorDType, at_least_float32
-from optaccum._inner_update import make_inner_update
-from optaccum._micro_step import MicroStep, make_micro_step
 from optaccum._noise_scale import NoiseScaleState, average_in, estimate_noise, squared_norm
-from optaccum._non_finite import cheaper
 from optaccum._run_if import run_if
-from optaccum._schedule import EveryK, micro_steps_in_window
+from optaccum._streaming.check_state import ADVICE, check_is_state, check_state
+from optaccum._streaming.inner_update import make_inner_update
+from optaccum._streaming.micro_step import MicroStep, make_micro_step
+from optaccum._streaming.non_finite import cheaper
+from optaccum._streaming.schedule import EveryK, micro_steps_in_window
+from optaccum._streaming.state import AccumulateState, add_to_total, two_sum
 
 
 class Options(NamedTuple):

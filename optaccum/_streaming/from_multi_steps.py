@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optaccum._accumulate import options_of
-from optaccum._accumulate_state import AccumulateState, add_to_total
 from optaccum._dtypes import accumulator_dtype_of, at_least_float32
 from optaccum._noise_scale import init_noise_state
-from optaccum._schedule import micro_steps_in_window
-from optaccum._window import Options
+from optaccum._streaming.accumulate import options_of
+from optaccum._streaming.schedule import micro_steps_in_window
+from optaccum._streaming.state import AccumulateState, add_to_total
+from optaccum._streaming.window import Options
 
 
 def from_multi_steps(tx: optax.GradientTransformation, state: optax.MultiStepsState) -> AccumulateState:

@@ -186,9 +186,21 @@ MUTATIONS = [
     ),
     Mutation(
         "collectives: the counter ignores loops",
-        '(in_loops if operation == "while" else outside).update(callee.outside)',
-        "outside.update(callee.outside)",
+        "(in_loops if repeats else outside).update(found[number + 1])",
+        "outside.update(found[number + 1])",
         "instruments/test_collectives.py",
+    ),
+    Mutation(
+        "collectives: what an emit does is in a loop",
+        "return is_carried and (after.opcode, after.operands)",
+        "return False and (after.opcode, after.operands)",
+        "instruments/test_collectives.py -k emit",
+    ),
+    Mutation(
+        "collectives: a flag in the carry is enough",
+        '(after.opcode, after.operands) == ("constant", ["false"])',
+        "True",
+        "instruments/test_collectives.py -k twice",
     ),
     Mutation(
         "plan: off by one divisor",

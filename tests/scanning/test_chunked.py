@@ -225,7 +225,7 @@ def test_a_sharded_batch(axis_type, n):
     plain = jax.grad(spread)(*problem(24))
     assert_trees_close(jax.tree.map(np.asarray, grads), jax.tree.map(np.asarray, plain), rtol=1e-4, atol=1e-6)
     if n == 2:  # divides each device's six rows
-        assert optaccum.count_collectives(compiled) == ({}, {})
+        assert optaccum.count_collectives(compiled)[:2] == ({}, {})
         assert compiled.output_shardings[0].spec[0] == "data"
 
 

@@ -64,7 +64,7 @@ def test_gradients_cross_once(kind, loss_fn, num_layers, n):
     mesh, axes = make_mesh(kind)
     structs = _structs(mesh, axes, loss_fn, num_layers)
     compiled = _compile(loss_fn, mesh, axes, structs, num_microbatches=n)
-    assert optaccum.count_collectives(compiled) == ONCE
+    assert optaccum.count_collectives(compiled)[:2] == ONCE
 
 
 @pytest.mark.parametrize("loss_fn", [_scanned, _unrolled])
@@ -77,7 +77,7 @@ def test_without_data_axes_they_cross_in_the_loop(loss_fn):
 @KINDS
 def test_two_data_axes_cross_once(kind):
     mesh, axes = make_mesh(kind, "two data axes")
-    assert optaccum.count_collectives(_compile(_scanned, mesh, axes)) == ONCE
+    assert optaccum.count_collectives(_compile(_scanned, mesh, axes))[:2] == ONCE
 
 
 def _weighted(params, batch):
@@ -98,7 +98,7 @@ def test_options_cost_no_reduction(option):
     mesh, axes = make_mesh(AUTO)
     loss_fn, options = OPTIONS[option]
     compiled = _compile(loss_fn, mesh, axes, _structs(mesh, axes, _scanned), **options)
-    assert optaccum.count_collectives(compiled) == ONCE
+    assert optaccum.count_collectives(compiled)[:2] == ONCE
 
 
 def test_terms_take_one_more_for_their_weights():
@@ -108,7 +108,7 @@ def test_terms_take_one_more_for_their_weights():
         return {"a": _weighted(params, batch), "b": _scanned(params, batch)}
 
     counts = optaccum.count_collectives(_compile(loss_fn, mesh, axes, _structs(mesh, axes, _scanned)))
-    assert counts == ({}, {"all-reduce": 2})
+    assert counts[:2] == ({}, {"all-reduce": 2})
 
 
 def test_tensor_parallel_collectives_stay_as_they_are():

@@ -1,26 +1,28 @@
-"""`flax.nnx.value_and_grad` over micro-batches. The only module that imports Flax."""
+"""NNX in its own form: `flax.nnx.value_and_grad` over micro-batches, and `nnx.Optimizer.update` in place."""
 
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 import optaccum
-from optaccum._scanning.call import as_indices, check_function
+from optaccum._scanning.call import Roles, as_indices, check_function, resolve_roles
 from optaccum._scanning.data_axes import Replicated, as_axes
 
-# How the state that is not differentiated divides: frozen parameters, what else is not of an Rngs, and that of Rngs.
-_OTHERS = (nnx.Param, nnx.Not(nnx.RngState), ...)
 _APPENDED = 2  # positional arguments that the pure form has after the user's: the graph and the carried state
+# How the state that is not differentiated divides: the keys of Rngs, what devices compute alike, the rest.
+_OTHERS = (nnx.RngKey, (nnx.RngState, nnx.Param), ...)
+
+# For each NNX object of a call: its place among the leaves of the arguments, and the argnum of which it is a part.
+_Places = tuple[tuple[int, int | None], ...]
 
 
 def value_and_grad(
     loss_fn: Callable[..., Any],
     *,
-    argnums: int | nnx.DiffState = 0,
+    argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
     batch_argnums: int | Sequence[int] = 1,
     has_aux: bool = False,
     key_argnum: int | None = None,
@@ -28,24 +30,26 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`flax.nnx.value_and_grad`, one micro-batch at a time.
 
-    The state that is not differentiated (BatchNorm statistics, the keys and counts of Rngs, caches, metrics), of the
-    model and of every other NNX object among the arguments, threads through the micro-batches in order, and the objects
-    are updated with what the last one leaves, as NNX users expect of a call. Python attributes that the loss sets are
-    not kept: keep what changes in an `nnx.Variable`. With `data_axes`, floating state is averaged over the devices, all
-    but parameters, each device draws from its own keys, and counts advance as they would without.
+    The state that is not differentiated (BatchNorm statistics, the keys and counts of Rngs, caches, metrics), of every
+    NNX object among the arguments, threads through the micro-batches in order, and the objects are updated with what
+    the last one leaves, as NNX users expect of a call. What the loss sows (`nnx.Intermediate`) ends in the objects as
+    the same leaves in aux would come back, in place of what was sown before the call. Python attributes that the loss
+    sets are not kept: keep what changes in an `nnx.Variable`. With `data_axes`, floating state is averaged over the
+    devices, all but parameters, each device draws from its own keys, and counts advance as they would without.
 
     Args:
       loss_fn: (model, batch, ...) -> loss, or (loss, aux) with `has_aux`; losses and aux as for
         :func:`optaccum.value_and_grad`. An `nnx.Rngs`, metrics or a second model may be among the arguments.
-      argnums: 0, to differentiate the model's `nnx.Param`, or `nnx.DiffState(0, filter)`. The model comes first.
+      argnums: what to differentiate: of each of these arguments the `nnx.Param`, or with `nnx.DiffState(i, filter)`
+        what the filter names. Arrays that stand beside the objects in one are differentiated too.
       batch_argnums: the positional argument or arguments to split.
       has_aux: whether `loss_fn` returns (loss, aux).
       key_argnum: a JAX key, as for :func:`optaccum.value_and_grad`; an `nnx.Rngs` needs no mention.
-      **options: the other options of :func:`optaccum.value_and_grad`, but `carry_argnum`: the model is the carry.
+      **options: the other options of :func:`optaccum.value_and_grad`, but `carry_argnum`: the objects are the carry.
 
     Returns:
-      A function of `loss_fn`'s arguments that returns what `nnx.value_and_grad` returns, gradients as an `nnx.State`,
-      and updates the model and the other objects.
+      A function of `loss_fn`'s arguments that returns what `nnx.value_and_grad` returns, gradients as an `nnx.State`
+      where an object was (a tuple for a sequence of `argnums`), and updates the objects.
 
     Raises:
       TypeError, ValueError: as :func:`optaccum.value_and_grad`; TypeError for state that changes its structure, and for
@@ -62,78 +66,175 @@ def value_and_grad(
       (['bias', 'scale'], True)
     """
     if "carry_argnum" in options:
-        raise TypeError("expected no carry_argnum: the model's own state is what is carried.")
-    argnum, wrt = (
-        (argnums.argnum, argnums.filter) if isinstance(argnums, nnx.DiffState) else (argnums, nnx.Param)
-    )
-    if argnum != 0 or isinstance(argnum, bool):
-        raise ValueError(
-            f"expected the model to come first, argnums=0 or nnx.DiffState(0, ...); got {argnums!r}."
-        )
+        raise TypeError("expected no carry_argnum: the objects' own state is what is carried.")
     check_function(loss_fn, "loss_fn")
+    filters, one_argnum = _filters(argnums), isinstance(argnums, int | nnx.DiffState)
+    keys_at = () if key_argnum is None else as_indices(key_argnum, "key_argnum")
+    roles = Roles(tuple(filters), as_indices(batch_argnums, "batch_argnums"), *keys_at or (None,), carry=None)
+    resolve_roles(roles)
     data_axes = as_axes(options.get("data_axes"))
-    differentiated = nnx.filterlib.to_predicate(wrt)
 
-    def is_diff(path, x):
-        return path[0] == 0 and differentiated(path[1:], x)
-
-    def pure_loss_fn(params, *args, **kwargs):
-        *args, graphdef, (state, same) = args
-        frozen, rngs = same.value
-        states = params, frozen, state, _on_this_device(rngs, data_axes)
-        model, by_index, by_name = objects = nnx.merge(graphdef, *states, copy=True)
-        out = loss_fn(model, *(by_index.get(i, arg) for i, arg in enumerate(args, 1)), **kwargs, **by_name)
+    def pure_loss_fn(*args, **kwargs):
+        *args, (graphdef, places), (state, same) = args
+        leaves, structure = jax.tree.flatten((tuple(args), kwargs), is_leaf=_is_leaf)
+        params = nnx.State({n: leaves[i] for n, (i, _) in enumerate(places)})
+        keys, constant = same.value
+        objects = nnx.merge(graphdef, params, _own(keys, data_axes), constant, state, copy=True)
+        args, kwargs = jax.tree.unflatten(structure, _replace(leaves, places, objects))
+        out = loss_fn(*args, **kwargs)
         loss, aux = out if has_aux else (out, ())
+        is_diff = _differentiated(filters, places)
+        sown = _pop_sown(objects, is_diff)
         _, *new_states = nnx.split(objects, is_diff, *_OTHERS)
-        _check_same_variables(states, new_states)
-        _, frozen, state, new_rngs = new_states
-        if data_axes:
-            new_rngs = _keep_keys(rngs, new_rngs)
-        return loss, ((state, Replicated((frozen, new_rngs))), aux)
+        _check_same_variables((params, keys, constant, state), new_states)
+        _, new_keys, constant, state = new_states
+        return loss, ((state, Replicated((keys if data_axes else new_keys, constant))), (sown, aux))
 
-    def from_the_front(argnums):
-        indices = as_indices(argnums, "batch_argnums or key_argnum")
-        return tuple(i - _APPENDED if i < 0 else i for i in indices)
-
-    batch, key = from_the_front(batch_argnums), () if key_argnum is None else from_the_front(key_argnum)
     pure_grad_fn = optaccum.value_and_grad(
         pure_loss_fn,
-        batch_argnums=batch,
-        key_argnum=key[0] if key else None,
+        argnums=_shift(roles.diff[0]) if one_argnum else tuple(map(_shift, roles.diff)),
+        batch_argnums=tuple(map(_shift, roles.batch)),
+        key_argnum=None if roles.key is None else _shift(roles.key),
         carry_argnum=-1,
         has_aux=True,
         **options,
     )
 
     @functools.wraps(loss_fn, assigned=("__name__", "__qualname__", "__doc__"), updated=())
-    def grad_fn(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-        by_index = {i: arg for i, arg in enumerate(args, 1) if _has_objects(arg)}
-        by_name = {name: arg for name, arg in kwargs.items() if _has_objects(arg)}
-        if misplaced := by_index.keys() & {i % (1 + len(args) + _APPENDED) for i in (*batch, *key)}:
-            raise TypeError(
-                f"expected arrays at batch_argnums and JAX keys at key_argnum; argument {min(misplaced)} is an NNX "
-                "object. NNX objects, nnx.Rngs too, thread through the micro-batches by themselves."
-            )
-        objects = (model, by_index, by_name)
-        graphdef, params, frozen, state, rngs = nnx.split(objects, is_diff, *_OTHERS)
-        args = tuple(None if i in by_index else arg for i, arg in enumerate(args, 1))
-        kwargs = {name: arg for name, arg in kwargs.items() if name not in by_name}
-        carry = (state, Replicated((frozen, rngs)))
-        (loss, ((state, same), aux)), grads, *info = pure_grad_fn(params, *args, graphdef, carry, **kwargs)
-        nnx.update(objects, state, *same.value)
-        return ((loss, aux) if has_aux else loss, grads[0], *info)
+    def grad_fn(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_leaf)
+        places = _find_objects(args, kwargs, roles)
+        objects, is_diff = [leaves[i] for i, _ in places], _differentiated(filters, places)
+        _pop_sown(objects, is_diff)
+        graphdef, params, keys, constant, state = nnx.split(objects, is_diff, *_OTHERS)
+        pure = [params.get(n, nnx.State({})) for n in range(len(objects))]
+        args, kwargs = jax.tree.unflatten(structure, _replace(leaves, places, pure))
+        carry = (state, Replicated((keys, constant)))
+        (loss, (carry, (sown, aux))), *grads_and_info = pure_grad_fn(
+            *args, (graphdef, places), carry, **kwargs
+        )
+        state, same = carry
+        nnx.update(objects, state, *same.value, sown)
+        return ((loss, aux) if has_aux else loss, *grads_and_info)
 
     return grad_fn
 
 
-def _has_objects(arg: Any) -> bool:
-    """Whether a pytree holds NNX objects; a State, which nobody updates in place, is none."""
+def apply_gradients(
+    optimizer: nnx.Optimizer,
+    model: Any,
+    grads: Any,
+    *,
+    weight: jax.typing.ArrayLike | None = None,
+    denominator: jax.typing.ArrayLike | None = None,
+    emit: jax.typing.ArrayLike | None = None,
+    **extra_args: Any,
+) -> None:
+    """`nnx.Optimizer.update` through :func:`optaccum.apply_gradients`: one micro-step, in place.
 
-    def is_leaf(x):
-        return isinstance(x, (nnx.Pytree, nnx.Variable, nnx.State))
+    The model and the optimizer are updated as `optimizer.update(model, grads)` does it, `optimizer.step` counts calls.
+    For an optimizer whose transformation `optaccum.accumulate` made there are no zero updates in between: parameters
+    and optimizer state are touched only by the call that ends a window, and then in place where they are donated, as
+    by `nnx.jit(step, donate_argnums=(0, 1))` for a step of (model, optimizer, ...). Compute the gradients inside it
+    too: an argument that is not donated cannot be overwritten.
 
-    leaves = jax.tree.leaves(arg, is_leaf=is_leaf)
-    return any(is_leaf(x) and not isinstance(x, nnx.State) for x in leaves)
+    Args:
+      optimizer: of any Optax transformation, and any `wrt`, such as `nnx.LoRAParam`.
+      model: the module that it was made for.
+      grads: gradients of one micro-batch, as `nnx.grad` gives them; those outside `optimizer.wrt` are not looked at.
+      weight: scalar; see :func:`optaccum.accumulate`. Handed on only if given, as the next two.
+      denominator: scalar; likewise.
+      emit: scalar; likewise.
+      **extra_args: as for `optimizer.update`.
+
+    Raises:
+      TypeError, ValueError: as :func:`optaccum.apply_gradients`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optaccum.nnx
+      >>> from flax import nnx
+      >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, optaccum.accumulate(optax.sgd(1.0), 2), wrt=nnx.Param)
+      >>> @nnx.jit(donate_argnums=(0, 1))
+      ... def step(model, optimizer, x):
+      ...     grads = nnx.grad(lambda model: jnp.mean(model(x)))(model)
+      ...     optaccum.nnx.apply_gradients(optimizer, model, grads)
+      >>> for _ in range(4):
+      ...     step(model, optimizer, jnp.ones((8, 3)))
+      >>> int(optimizer.step[...]), model.bias[...].tolist()
+      (4, [-2.0])
+    """
+    params, grads = (nnx.as_pure(nnx.state(x, optimizer.wrt, graph=optimizer.graph)) for x in (model, grads))
+    given = {"weight": weight, "denominator": denominator, "emit": emit}
+    extra_args |= {name: value for name, value in given.items() if value is not None}
+    params, opt_state = optaccum.apply_gradients(
+        optimizer.tx, grads, nnx.as_pure(optimizer.opt_state), params, **nnx.as_pure(extra_args)
+    )
+    nnx.update(model, params)
+    nnx.update(optimizer.opt_state, nnx.state(opt_state, graph=optimizer.graph))
+    optimizer.step[...] += 1
+
+
+def _filters(argnums: Any) -> dict[int, Callable[..., bool]]:
+    """What to differentiate of each argument, as a function of (path in the object, Variable)."""
+    argnums = (argnums,) if isinstance(argnums, int | nnx.DiffState) else tuple(argnums)
+    states = [x if isinstance(x, nnx.DiffState) else nnx.DiffState(x, nnx.Param) for x in argnums]
+    indices = as_indices([state.argnum for state in states], "argnums")
+    resolve_roles(Roles(indices, batch=(), key=None, carry=None))
+    return {i: nnx.filterlib.to_predicate(state.filter) for i, state in zip(indices, states, strict=True)}
+
+
+def _shift(argnum: int) -> int:
+    """An argument's index in the pure form's call."""
+    return argnum - _APPENDED if argnum < 0 else argnum
+
+
+def _is_leaf(x: Any) -> bool:
+    """Whether this is an NNX object, or a State, which nobody updates in place."""
+    return isinstance(x, nnx.Pytree | nnx.Variable | nnx.State)
+
+
+def _find_objects(args: tuple[Any, ...], kwargs: dict[str, Any], roles: Roles) -> _Places:
+    """The places of the NNX objects in a call, those to differentiate first: what others share with them is theirs."""
+    found = resolve_roles(roles, len(args))
+    argnums = dict(zip(found.diff, roles.diff, strict=True))
+    places = []
+    for i, (path, x) in enumerate(jax.tree_util.tree_leaves_with_path((args, kwargs), is_leaf=_is_leaf)):
+        if not _is_leaf(x) or isinstance(x, nnx.State):
+            continue
+        index = path[1].idx if path[0].idx == 0 else -1  # -1: a keyword argument
+        if index in (*found.batch, found.key):
+            raise TypeError(
+                f"expected arrays at batch_argnums and JAX keys at key_argnum; argument {index} is an NNX "
+                "object. NNX objects, nnx.Rngs too, thread through the micro-batches by themselves."
+            )
+        places.append((i, argnums.get(index)))
+    return tuple(sorted(places, key=lambda place: place[1] is None))
+
+
+def _replace(leaves: list[Any], places: _Places, values: Sequence[Any]) -> list[Any]:
+    """The leaves of a call, with others in the places of its objects."""
+    leaves = list(leaves)
+    for (i, _), value in zip(places, values, strict=True):
+        leaves[i] = value
+    return leaves
+
+
+def _differentiated(filters: dict[int, Callable[..., bool]], places: _Places) -> Callable[[Any, Any], bool]:
+    """Whether a Variable is differentiated, by its path in the list of a call's objects."""
+
+    def is_diff(path, x):
+        argnum = places[path[0]][1]
+        return argnum is not None and (len(path) == 1 or filters[argnum](path[1:], x))
+
+    return is_diff
+
+
+def _pop_sown(objects: list[Any], is_diff: Callable[[Any, Any], bool]) -> nnx.State:
+    """Takes what has been sown out of the objects, but for what is differentiated."""
+    return nnx.pop(objects, nnx.All(nnx.Intermediate, nnx.Not(is_diff)))
 
 
 def _check_same_variables(before: Sequence[nnx.State], after: Sequence[nnx.State]) -> None:
@@ -144,20 +245,15 @@ def _check_same_variables(before: Sequence[nnx.State], after: Sequence[nnx.State
     if changed := sorted("/".join(map(str, path)) for path in old ^ new):
         raise TypeError(
             f"expected the loss to leave the NNX objects with the Variables they came with; it adds or removes "
-            f"{', '.join(changed)}. Make them before the call; return what is only to be read as aux."
+            f"{', '.join(changed)}. Make them before the call; return what is only to be read as aux, or sow it as "
+            "nnx.Intermediate; take away with nnx.pop, before the call, what it would remove."
         )
 
 
-def _on_this_device(rngs: nnx.State, data_axes: tuple[str, ...]) -> nnx.State:
-    """The state of the Rngs with keys that each device along the data axes has for itself."""
+def _own(keys: nnx.State, data_axes: tuple[str, ...]) -> nnx.State:
+    """The keys of Rngs that each device along the data axes has for itself."""
 
-    def fold(x):
-        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return jax.random.fold_in(x, jax.lax.axis_index(data_axes)) if is_key else x
+    def fold(key):
+        return jax.random.fold_in(key, jax.lax.axis_index(data_axes))
 
-    return jax.tree.map(fold, rngs) if data_axes else rngs
-
-
-def _keep_keys(old: nnx.State, new: nnx.State) -> nnx.State:
-    """The new counts with the old keys, which are the same on every device."""
-    return jax.tree.map(lambda o, n: o if jnp.issubdtype(o.dtype, jax.dtypes.prng_key) else n, old, new)
+    return jax.tree.map(fold, keys) if data_axes else keys

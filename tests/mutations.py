@@ -208,6 +208,30 @@ MUTATIONS = [
         "fitting = fitting[:1]\n    return MicrobatchPlan(sizes[-1] // max(fitting), max(fitting),",
         "instruments/test_plan.py -k memory",
     ),
+    Mutation(
+        "nnx: what objects share is not differentiated",
+        "return tuple(sorted(places, key=lambda place: place[1] is None))",
+        "return tuple(places)",
+        "test_nnx_argnums.py",
+    ),
+    Mutation(
+        "nnx: what was sown before the call piles up",
+        "        _pop_sown(objects, is_diff)\n        graphdef",
+        "        graphdef",
+        "test_nnx_argnums.py",
+    ),
+    Mutation(
+        "nnx: the optimizer gets no weight",
+        "nnx.as_pure(optimizer.opt_state), params, **nnx.as_pure(extra_args)",
+        "nnx.as_pure(optimizer.opt_state), params",
+        "test_nnx_optimizer.py",
+    ),
+    Mutation(
+        "linen: FP8 state is trained, not overwritten",
+        "overwrites = isinstance(grads, Mapping) and",
+        "overwrites = False and",
+        "test_linen.py",
+    ),
 ]
 
 

@@ -9,6 +9,8 @@ import sys
 import pytest
 
 import optaccum
+import optaccum.linen
+import optaccum.nnx
 
 PACKAGE = pathlib.Path(optaccum.__file__).parent
 
@@ -126,6 +128,29 @@ def test_the_shared_rooms_know_no_folder():
 
 def _functions() -> list[str]:
     return [name for name in _exports() if inspect.isfunction(getattr(optaccum, name))]
+
+
+def test_two_files_know_flax():
+    knowing = {
+        source.name for source in _sources() for name in _imported(source) if name.split(".")[0] == "flax"
+    }
+    assert knowing == {"nnx.py", "linen.py"}
+
+
+FLAX = [
+    (optaccum.nnx, "apply_gradients"),
+    (optaccum.nnx, "value_and_grad"),
+    (optaccum.linen, "TrainState"),
+]
+
+
+@pytest.mark.parametrize(("module", "name"), FLAX, ids=lambda x: getattr(x, "__name__", x))
+def test_names_for_flax_are_documented(module, name):
+    public = [
+        key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
+    ]
+    assert sorted(key for key in public if key[0] != "_") == sorted(key for m, key in FLAX if m is module)
+    assert "Example:" in inspect.getdoc(getattr(module, name))
 
 
 @pytest.mark.parametrize("name", _exports())

@@ -5,7 +5,7 @@ scaled up to --resolution, or the images in a folder with one folder per class (
 not fit the --memory: optaccum.plan_microbatches compiles the training step for one number of micro-batches
 after another, reads how much memory each would take, and the smallest number that fits is trained with.
 
-An update takes some calls (--calls-per-update; optaccum.accumulate and optaccum.apply_gradients), each a
+An update takes some calls (--calls-per-update; optaccum.accumulate in an optaccum.linen.TrainState), each a
 batch in as many micro-batches as planned (optaccum.value_and_grad), from one to the next of which BatchNorm's
 statistics are handed on (carry_argnum). Checkpoints fall between calls, also in the middle of an update.
 
@@ -47,6 +47,7 @@ from matplotlib.image import imread
 from sklearn.datasets import load_digits
 
 import optaccum
+from optaccum.linen import TrainState
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -58,12 +59,10 @@ class Images(NamedTuple):
     labels: np.ndarray  # shape=(n,), int32
 
 
-class Training(NamedTuple):
+class Training(TrainState):
     """What a call of the training step takes and gives back; a checkpoint's arrays."""
 
-    params: PyTree
     batch_stats: PyTree
-    opt_state: PyTree
 
 
 class Result(NamedTuple):
@@ -125,9 +124,7 @@ def make_loss_fn(num_classes: int, resolution: int, num_microbatches: int) -> Ca
     return loss_fn
 
 
-def make_step(
-    num_microbatches: int, *, tx: optax.GradientTransformation, num_classes: int, resolution: int
-) -> Callable[..., Any]:
+def make_step(num_microbatches: int, *, num_classes: int, resolution: int) -> Callable[..., Any]:
     """The training step for some number of micro-batches: what is planned with is what is trained with."""
     grad_fn = optaccum.value_and_grad(
         make_loss_fn(num_classes, resolution, num_microbatches),
@@ -138,10 +135,8 @@ def make_step(
     )
 
     def step(training: Training, batch: Images) -> tuple[Training, jax.Array]:
-        params, batch_stats, opt_state = training
-        (loss, (batch_stats, _)), grads, info = grad_fn(params, batch, batch_stats)
-        params, opt_state = optaccum.apply_gradients(tx, grads, opt_state, params, weight=info.weight)
-        return Training(params, batch_stats, opt_state), loss
+        (loss, (batch_stats, _)), grads, info = grad_fn(training.params, batch, training.batch_stats)
+        return training.apply_gradients(grads=grads, weight=info.weight, batch_stats=batch_stats), loss
 
     return jax.jit(step, donate_argnums=0)
 
@@ -232,13 +227,13 @@ def train(
     return training, record["losses"]
 
 
-def accuracy(model: Classifier, training: Training, images: Images, batch_size: int) -> float:
+def accuracy(training: Training, images: Images, batch_size: int) -> float:
     """On as many images at once as a micro-batch has, with the running statistics."""
     variables = {"params": training.params, "batch_stats": training.batch_stats}
 
     @jax.jit
     def predict(pixels):
-        logits: Any = model.apply(variables, pixels, train=False)
+        logits: Any = training.apply_fn(variables, pixels, train=False)
         return logits.argmax(-1)
 
     correct = 0
@@ -314,9 +309,8 @@ def main(argv: Sequence[str] | None = None) -> Result:
     tx = optaccum.accumulate(optax.adam(args.learning_rate), args.calls_per_update)
     model = Classifier(num_classes, args.resolution, momentum=0.9)
     variables = jax.jit(partial(model.init, train=False))(jax.random.key(args.seed), images.pixels[:1])
-    params, batch_stats = variables["params"], variables["batch_stats"]
-    training = Training(params, batch_stats, tx.init(params))
-    make_step_fn = partial(make_step, tx=tx, num_classes=num_classes, resolution=args.resolution)
+    training = Training.create(apply_fn=model.apply, tx=tx, **variables)
+    make_step_fn = partial(make_step, num_classes=num_classes, resolution=args.resolution)
     batch = batch_of(images, 0, args.batch_size, args.seed)
     planned = plan(make_step_fn, training, batch, args.memory)
     print(planned)
@@ -326,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     settings["num_microbatches"] = planned.num_microbatches  # part of a model with BatchNorm
     step = make_step_fn(planned.num_microbatches)
     training, losses = train(step, training, images, args, settings)
-    result = Result(planned, losses, accuracy(model, training, test, planned.microbatch_size), training)
+    result = Result(planned, losses, accuracy(training, test, planned.microbatch_size), training)
     print(
         f"\n{args.updates} updates of {args.calls_per_update} x {args.batch_size} images at "
         f"{args.resolution} x {args.resolution}, {planned.microbatch_size} at once: "

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class TrainState(train_state.TrainState):
         emit: jax.typing.ArrayLike | None = None,
         extra_args: Mapping[str, Any] | None = None,
         **replaced: Any,
-    ) -> "TrainState":
+    ) -> Self:
         """One micro-step.
 
         Args:

@@ -9,6 +9,7 @@ from optaccum._instruments.plan import (
     plan_microbatches as plan_microbatches,
 )
 from optaccum._instruments.verify import VerifyReport as VerifyReport, verify as verify
+from optaccum._loss import WeightedMean as WeightedMean
 from optaccum._noise_scale import noise_scale as noise_scale
 from optaccum._scanning.chunked import chunked as chunked
 from optaccum._scanning.reductions import (
@@ -17,7 +18,6 @@ from optaccum._scanning.reductions import (
     Min as Min,
     Stack as Stack,
     Sum as Sum,
-    WeightedMean as WeightedMean,
 )
 from optaccum._scanning.value_and_grad import grad as grad, value_and_grad as value_and_grad
 from optaccum._scanning.whole_batch import Info as Info

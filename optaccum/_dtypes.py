@@ -63,5 +63,13 @@ def at_least_float32(dtype: Any) -> jnp.dtype:
     return jnp.dtype(dtype if is_wide else jnp.float32)
 
 
+def as_summand(x: Any) -> jax.Array:
+    """16-bit floats to float32, bools to integers: the dtype that sums are kept in."""
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return x.astype(at_least_float32(x.dtype))
+    return x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
+
+
 def _is_function(accumulator_dtype: Any) -> bool:
     return callable(accumulator_dtype) and not isinstance(accumulator_dtype, type)  # jnp.float32 is a type

@@ -1,11 +1,65 @@
-"""A function that runs in one form and is transformed in another."""
+"""Sums into which the backward pass adds by itself: when references can be used, and how they stay unseen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaccum._trace import Traced
 
 PyTree = Any
+
+
+def references(
+    starts: Sequence[jax.Array], apart: Sequence[bool]
+) -> tuple[Callable[..., list[Any]], Callable[[list[Any]], list[jax.Array]]]:
+    """References that hold `starts`, and two functions that use them.
+
+    `backward(vjp, cotangents)` adds a gradient to them, and returns it for the leaves that stay `apart` alone, None for
+    the others. `totals(leaves)` gives what they hold at last, with `leaves` for those that stay apart.
+    """
+    refs = [None if own else jax.new_ref(x) for x, own in zip(starts, apart, strict=True)]
+
+    def backward(vjp, cotangents):
+        # What stays apart needs each gradient by itself: a reference of its own.
+        filled = [
+            jax.new_ref(jnp.zeros_like(x)) if r is None else r for r, x in zip(refs, starts, strict=True)
+        ]
+        vjp.with_refs(filled)(cotangents)
+        return [jax.freeze(new) if r is None else None for r, new in zip(refs, filled, strict=True)]
+
+    def totals(leaves):
+        return [x if r is None else jax.freeze(r) for r, x in zip(refs, leaves, strict=True)]
+
+    return backward, totals
+
+
+def why_not_in_place(
+    losses: Sequence[Traced], dtypes: Sequence[tuple[Any, Any]], run: Callable[[], Any]
+) -> tuple[str, Exception | None]:
+    """Why references cannot be used, and JAX's own error if it is that; empty where they can.
+
+    Args:
+      losses: what is differentiated.
+      dtypes: of each parameter and of its sum.
+      run: the form with references.
+    """
+    for own, total in dtypes:
+        if not np.can_cast(own, total):
+            return f"a {total} sum is narrower than its {own} parameter", None
+    # Effects do not show through `run_as`, and its rule for vmap does not know the axis by name.
+    effects = {effect for loss in losses for effect in loss.effects}
+    effects -= set(jax.sharding.get_abstract_mesh().axis_names)
+    if effects:
+        names = ", ".join(sorted(effects))
+        return f"the loss has effects, or communicates over an axis of jax.vmap ({names})", None
+    try:
+        jax.eval_shape(run)
+    except Exception as error:  # whatever the running JAX raises where it cannot pass references through
+        return "this JAX cannot pass gradient references through the loss", error
+    return "", None
 
 
 def run_as(fast: Callable[[PyTree], PyTree], plain: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex_core
 
+from optaccum._trace import hoisted
 from optaccum._varying import vary_like
 
 Carry = TypeVar("Carry")
@@ -40,20 +41,8 @@ def run_if(predicate: Any, fn: Callable[[Carry], Carry], carry: Carry) -> Carry:
     # What replaces the carry may vary over more mesh axes than it does.
     while any(map(operator.is_not, varied := vary_like(leaves, closed.out_avals), leaves)):
         leaves, closed = varied, trace(*varied)
-    return treedef.unflatten(_run_jaxpr_if(hoist(closed, leaves), predicate, leaves, closed.consts))
-
-
-def hoist(closed: Any, leaves: list[Any]) -> Callable[..., list[Any]]:
-    """The function of (closed-over values, leaves) that a jaxpr stands for.
-
-    A `custom_jvp` may not close over tracers, and a jaxpr may keep those it closed over alive (JAX 0.12):
-    hence a second trace, in which they are arguments.
-    """
-
-    def with_consts(consts, *leaves):
-        return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(closed.jaxpr, consts))(*leaves)
-
-    return jex_core.jaxpr_as_fun(jax.make_jaxpr(with_consts)(closed.consts, *leaves))
+    fn_flat = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(hoisted(closed), ()))
+    return treedef.unflatten(_run_jaxpr_if(fn_flat, predicate, leaves, list(closed.consts)))
 
 
 def _run_jaxpr_if(

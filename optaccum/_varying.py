@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 PyTree = Any
@@ -36,3 +37,14 @@ def vary_like(tree: PyTree, structs: PyTree) -> PyTree:
         return vary(x, manual.varying) if manual else x
 
     return jax.tree.map(cast, tree, structs)
+
+
+def zeros_of(structs: PyTree) -> PyTree:
+    """Zeros for what `jax.eval_shape` returned, with its sharding and its varying axes."""
+
+    def zeros(s):
+        if jnp.issubdtype(s.dtype, jax.dtypes.prng_key):
+            return jnp.zeros_like(s)
+        return jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding)
+
+    return vary_like(jax.tree.map(zeros, structs), structs)

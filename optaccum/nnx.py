@@ -9,7 +9,7 @@ from flax import nnx
 
 import optaccum
 from optaccum._scanning.call import Roles, as_indices, check_function, resolve_roles
-from optaccum._scanning.data_axes import Replicated, as_axes
+from optaccum._scanning.data_axes import as_axes
 
 _APPENDED = 2  # positional arguments that the pure form has after the user's: the graph and the carried state
 # How the state that is not differentiated divides: the keys of Rngs, what devices compute alike, the rest.
@@ -78,7 +78,7 @@ def value_and_grad(
         *args, (graphdef, places), (state, same) = args
         leaves, structure = jax.tree.flatten((tuple(args), kwargs), is_leaf=_is_leaf)
         params = nnx.State({n: leaves[i] for n, (i, _) in enumerate(places)})
-        keys, constant = same.value
+        keys, constant = same
         objects = nnx.merge(graphdef, params, _own(keys, data_axes), constant, state, copy=True)
         args, kwargs = jax.tree.unflatten(structure, _replace(leaves, places, objects))
         out = loss_fn(*args, **kwargs)
@@ -88,7 +88,7 @@ def value_and_grad(
         _, *new_states = nnx.split(objects, is_diff, *_OTHERS)
         _check_same_variables((params, keys, constant, state), new_states)
         _, new_keys, constant, state = new_states
-        return loss, ((state, Replicated((keys if data_axes else new_keys, constant))), (sown, aux))
+        return loss, ((state, (keys if data_axes else new_keys, constant)), (sown, aux))
 
     pure_grad_fn = optaccum.value_and_grad(
         pure_loss_fn,
@@ -109,12 +109,12 @@ def value_and_grad(
         graphdef, params, keys, constant, state = nnx.split(objects, is_diff, *_OTHERS)
         pure = [params.get(n, nnx.State({})) for n in range(len(objects))]
         args, kwargs = jax.tree.unflatten(structure, _replace(leaves, places, pure))
-        carry = (state, Replicated((keys, constant)))
+        carry = (state, (keys, constant))
         (loss, (carry, (sown, aux))), *grads_and_info = pure_grad_fn(
             *args, (graphdef, places), carry, **kwargs
         )
         state, same = carry
-        nnx.update(objects, state, *same.value, sown)
+        nnx.update(objects, state, *same, sown)
         return ((loss, aux) if has_aux else loss, *grads_and_info)
 
     return grad_fn

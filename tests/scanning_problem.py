@@ -34,6 +34,11 @@ def penalty(params, batch):
     return 0.3 * jnp.mean(jnp.abs(batch["x"] @ params["w"]))
 
 
+def mean_term(mean, batch):
+    """A mean over examples as a term of a loss."""
+    return optaccum.WeightedMean(mean * len(batch["x"]), len(batch["x"]))
+
+
 def micro_batches(n, batch=BATCH):
     return [jax.tree.map(lambda x, i=i: x[i::n], batch) for i in range(n)]
 
@@ -58,7 +63,7 @@ LOSSES = {
     "mean": (mean_loss, mean_loss),
     "weighted": (token_loss, ratio_loss),
     "terms": (
-        lambda p, b: {"tokens": token_loss(p, b), "penalty": penalty(p, b)},
+        lambda p, b: {"tokens": token_loss(p, b), "penalty": mean_term(penalty(p, b), b)},
         lambda p, b: ratio_loss(p, b) + penalty(p, b),
     ),
 }

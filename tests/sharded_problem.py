@@ -42,6 +42,11 @@ def mean_loss(params, batch):
     return errors(params, batch).mean()
 
 
+def mean_term(mean, batch):
+    """A mean over examples as a term of a loss."""
+    return optaccum.WeightedMean(mean * len(batch["x"]), len(batch["x"]))
+
+
 def make_mesh(kind, layout="data"):
     shape, names, axes = LAYOUTS[layout]
     return jax.make_mesh(shape, names, axis_types=(kind,) * len(names)), axes

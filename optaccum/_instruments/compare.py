@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaccum._scanning.reductions import as_summand
+from optaccum._dtypes import as_summand
 
 PyTree = Any
 

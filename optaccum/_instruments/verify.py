@@ -11,9 +11,9 @@ import numpy as np
 
 from optaccum._instruments.compare import least_sizes, relative_errors
 from optaccum._instruments.diagnose import LossOf, diagnose, explain_not_finite, take_rows
-from optaccum._scanning.call import Call, Layout, Roles, as_index, as_indices, join_call, split_call
+from optaccum._loss import loss_terms, loss_value
+from optaccum._scanning.call import Call, Layout, Roles, join_call, make_roles, split_call
 from optaccum._scanning.data_axes import as_axes, find_mesh
-from optaccum._scanning.loss import loss_value
 from optaccum._scanning.split import batch_size_of, check_split_options, resolve_num_microbatches
 from optaccum._scanning.value_and_grad import value_and_grad
 
@@ -165,12 +165,9 @@ def verify(
 
 def _roles(options: dict[str, Any]) -> Roles:
     """The arguments' roles, with `value_and_grad`'s defaults."""
-    return Roles(
-        diff=as_indices(options.get("argnums", 0), "argnums"),
-        batch=as_indices(options.get("batch_argnums", 1), "batch_argnums"),
-        key=as_index(options.get("key_argnum"), "key_argnum"),
-        carry=as_index(options.get("carry_argnum"), "carry_argnum"),
-    )
+    names = ("batch_argnums", "key_argnum", "carry_argnum", "count_argnum")
+    given = {name: options[name] for name in names if name in options}
+    return make_roles(**{"argnums": options.get("argnums", 0), "batch_argnums": 1} | given)
 
 
 def _mesh_axes(options: dict[str, Any], call: Call) -> dict[str, int]:
@@ -193,7 +190,7 @@ def _as_it_is(
 
     def loss_of(call):
         loss, carry = _loss_and_carry(loss_fn(*join_call(layout, call)[0]), options)
-        return loss_value(loss), carry
+        return loss_value(loss_terms(loss, 1.0)), carry
 
     def of_diff(diff, call):
         return loss_of(call._replace(diff=diff))[0]

@@ -1,7 +1,8 @@
 """One call's arguments, each by its role."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,9 @@ class Roles(NamedTuple):
 
     diff: tuple[int, ...]
     batch: tuple[int, ...]
-    key: int | None
-    carry: int | None
+    key: int | None = None
+    carry: int | None = None
+    limit: int | None = None  # count_argnum
 
 
 class Call(NamedTuple):
@@ -27,11 +29,12 @@ class Call(NamedTuple):
     batch: tuple[PyTree, ...]
     key: PyTree
     carry: PyTree
-    rest: list[jax.Array]  # the arrays among the other positional and the keyword arguments
+    limit: PyTree  # shape=(), int32: of the micro-batches to run
+    rest: list[jax.Array | float]  # the arrays among the other positional and the keyword arguments
 
 
 class Layout(NamedTuple):
-    """What is static of a call; hashable where the arguments that are not arrays are."""
+    """What is static of a call; hashable."""
 
     roles: Roles
     num_args: int
@@ -47,9 +50,22 @@ def as_indices(argnums: int | Sequence[int], name: str) -> tuple[int, ...]:
     return tuple(int(i) for i in indices)
 
 
-def as_index(argnum: int | None, name: str) -> int | None:
-    """An int, or None where there is none."""
-    return None if argnum is None else as_indices(argnum, name)[0]
+def make_roles(
+    argnums: Any,
+    batch_argnums: Any,
+    key_argnum: Any = None,
+    carry_argnum: Any = None,
+    count_argnum: Any = None,
+) -> Roles:
+    """The roles that these options give; raises for what is no index, or has two roles already."""
+    rest = {"key_argnum": key_argnum, "carry_argnum": carry_argnum, "count_argnum": count_argnum}
+    return resolve_roles(
+        Roles(
+            () if argnums is None else as_indices(argnums, "argnums"),
+            as_indices(batch_argnums, "batch_argnums"),
+            *(None if index is None else as_indices(index, name)[0] for name, index in rest.items()),
+        )
+    )
 
 
 def check_function(fn: Any, name: str) -> None:
@@ -63,21 +79,31 @@ def split_call(roles: Roles, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
     Raises:
       ValueError: where an index is out of range, or one argument has two roles.
+      TypeError: where an argument is not what its role takes, or can be neither traced nor looked up.
     """
     roles = resolve_roles(roles, len(args))
-    by_role = {*roles.diff, *roles.batch, roles.key, roles.carry}
+    _check_no_nnx_objects(args, kwargs)
+    by_role = {*roles.diff, *roles.batch, roles.key, roles.carry, roles.limit}
     others = [None if i in by_role else arg for i, arg in enumerate(args)]
     leaves, structure = jax.tree.flatten((others, kwargs))
-    as_arrays = functools.partial(jax.tree.map, jnp.asarray)
+
+    def arrays(index):
+        return jax.tree_util.tree_map_with_path(functools.partial(_as_array, index), args[index])
+
     call = Call(
-        diff=as_arrays(tuple(args[i] for i in roles.diff)),
-        batch=as_arrays(tuple(args[i] for i in roles.batch)),
-        key=() if roles.key is None else as_arrays(args[roles.key]),
-        carry=() if roles.carry is None else jax.tree.map(_strongly_typed, args[roles.carry]),
-        rest=[leaf for leaf in leaves if _is_array(leaf)],
+        diff=tuple(map(arrays, roles.diff)),
+        batch=tuple(map(arrays, roles.batch)),
+        key=() if roles.key is None else arrays(roles.key),
+        carry=() if roles.carry is None else jax.tree.map(_strongly_typed, arrays(roles.carry)),
+        limit=() if roles.limit is None else _as_count(args[roles.limit]),
+        rest=[leaf for leaf in leaves if _is_traced(leaf)],
     )
     # 1, 1.0 and True are equal and hash alike; a program traced for one is not right for the others.
-    static = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
+    static = tuple(None if _is_traced(leaf) else (type(leaf), leaf) for leaf in leaves)
+    try:
+        hash(static)
+    except TypeError:
+        _raise_unhashable(others, kwargs)
     return call, Layout(roles, len(args), structure, static)
 
 
@@ -89,43 +115,30 @@ def by_name(layout: Layout, call: Call) -> dict[str, PyTree]:
 
 def join_call(layout: Layout, call: Call) -> tuple[list[Any], dict[str, Any]]:
     """The inverse of `split_call`: positional and keyword arguments."""
-    arrays = iter(call.rest)
+    arrays, roles = iter(call.rest), layout.roles
     leaves = [next(arrays) if other is None else other[1] for other in layout.others]
     args, kwargs = jax.tree.unflatten(layout.structure, leaves)
-    for indices, values in ((layout.roles.diff, call.diff), (layout.roles.batch, call.batch)):
-        for i, value in zip(indices, values, strict=True):
+    indices = (*roles.diff, *roles.batch, roles.key, roles.carry, roles.limit)
+    values = (*call.diff, *call.batch, call.key, call.carry, call.limit)
+    for i, value in zip(indices, values, strict=True):
+        if i is not None:
             args[i] = value
-    if layout.roles.key is not None:
-        args[layout.roles.key] = call.key
-    if layout.roles.carry is not None:
-        args[layout.roles.carry] = call.carry
     return args, kwargs
 
 
-def jit_call(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles `fn(layout, static, call)` once for each layout, static argument and shapes."""
+def fold_in(key: PyTree, index: jax.Array) -> PyTree:
+    """`jax.random.fold_in` for each key of a pytree, with an error that names the argument."""
 
-    def call_fn(layout, static, call):
+    def fold(key):
         try:
-            hash((layout, static))
-        except TypeError:
-            # An argument that is neither an array nor hashable: nothing to look a program up by.
-            return jax.jit(functools.partial(fn, layout, static))(call)
-        return jitted(layout, static, call)
+            return jax.random.fold_in(key, index)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"expected single PRNG keys at key_argnum, such as jax.random.key(0); got shape {key.shape} and dtype "
+                f"{key.dtype}. Keys for each example, as jax.random.split gives them, go into the batch."
+            ) from error
 
-    jitted = jax.jit(fn, static_argnums=(0, 1))
-    return call_fn
-
-
-def fold_in(key: jax.Array, index: jax.Array) -> jax.Array:
-    """`jax.random.fold_in`, with an error that names the argument."""
-    try:
-        return jax.random.fold_in(key, index)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"expected single PRNG keys at key_argnum, such as jax.random.key(0); got shape {key.shape} and dtype "
-            f"{key.dtype}. Keys for each example, as jax.random.split gives them, go into the batch."
-        ) from error
+    return jax.tree.map(fold, key)
 
 
 def resolve_roles(roles: Roles, num_args: int | None = None) -> Roles:
@@ -139,9 +152,14 @@ def resolve_roles(roles: Roles, num_args: int | None = None) -> Roles:
     def resolve(i, name):
         index = i + num_args if i < 0 and num_args is not None else i
         if num_args is not None and not 0 <= index < num_args:
+            closed = (
+                " A batch that the loss closes over has to become an argument of it."
+                if "batch" in name
+                else ""
+            )
             raise ValueError(
                 f"expected {name} within the call's {num_args} positional arguments, counted from 0; got {i}. Pass "
-                f"that argument by position, or give another {name}."
+                f"that argument by position, or give another {name}.{closed}"
             )
         if index in owner:
             raise ValueError(
@@ -155,13 +173,71 @@ def resolve_roles(roles: Roles, num_args: int | None = None) -> Roles:
         tuple(resolve(i, "batch_argnums") for i in roles.batch),
         None if roles.key is None else resolve(roles.key, "key_argnum"),
         None if roles.carry is None else resolve(roles.carry, "carry_argnum"),
+        None if roles.limit is None else resolve(roles.limit, "count_argnum"),
     )
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array) or (isinstance(x, np.ndarray | np.generic) and x.dtype.kind not in "OSU")
+def _is_traced(x: Any) -> bool:
+    is_array = isinstance(x, jax.Array) or (
+        isinstance(x, np.ndarray | np.generic) and x.dtype.kind not in "OSU"
+    )
+    return is_array or isinstance(x, float | complex)
 
 
-def _strongly_typed(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
+def _as_array(index: int, path: tuple[Any, ...], x: Any) -> jax.Array:
+    if _is_traced(x) or isinstance(x, bool | int):
+        return jnp.asarray(x)
+    try:
+        return jnp.asarray(x)  # what knows __jax_array__, or a dtype of its own
+    except TypeError as error:
+        name = f"argument {index}{jax.tree_util.keystr(path)}"
+        raise TypeError(
+            f"expected {name} to be an array; got {type(x).__name__}. Split off what is not (eqx.partition, "
+            "jax.tree_util.Partial) and close over it."
+        ) from error
+
+
+def _as_count(x: Any) -> jax.Array:
+    count = jnp.asarray(x)
+    if count.shape != () or not jnp.issubdtype(count.dtype, jnp.integer):
+        raise TypeError(
+            f"expected an integer scalar at count_argnum; got shape {count.shape} and dtype {count.dtype}."
+        )
+    return count.astype(jnp.int32)
+
+
+def _strongly_typed(x: jax.Array) -> jax.Array:
     return jax.lax.convert_element_type(x, x.dtype) if jnp.issubdtype(x.dtype, jnp.number) else x
+
+
+def _raise_unhashable(args: list[Any], kwargs: dict[str, Any]) -> None:
+    named = {f"argument {i}": arg for i, arg in enumerate(args)} | {
+        f"argument {k!r}": v for k, v in kwargs.items()
+    }
+    for name, arg in named.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arg):
+            try:
+                hash(None if _is_traced(leaf) else leaf)
+            except TypeError as error:
+                raise TypeError(
+                    f"expected {name}{jax.tree_util.keystr(path)} to be an array, or hashable, for a program to be "
+                    f"looked up by; got {type(leaf).__name__}. Close over it (functools.partial), or make it hashable."
+                ) from error
+
+
+def _check_no_nnx_objects(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises for objects whose state would stay as it is: the same dropout mask in every micro-batch and call."""
+    if (nnx := sys.modules.get("flax.nnx")) is None:
+        return
+
+    def is_object(x):
+        return isinstance(x, nnx.Pytree | nnx.Variable) and not isinstance(x, nnx.State)
+
+    def is_leaf(x):
+        return is_object(x) or isinstance(x, nnx.State)
+
+    for x in filter(is_object, jax.tree.leaves((args, kwargs), is_leaf=is_leaf)):
+        raise TypeError(
+            f"expected arrays among the arguments; got an NNX object, {type(x).__name__}, whose state stays. "
+            "optaccum.nnx.value_and_grad takes it; or pass a JAX key, named with key_argnum, and states from nnx.split."
+        )

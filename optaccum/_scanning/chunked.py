@@ -9,28 +9,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaccum._scanning import reductions
-from optaccum._scanning.bare_aux import AuxLeaf, describe_bare, wrap_bare
 from optaccum._scanning.call import (
     Call,
     Layout,
-    Roles,
-    as_index,
-    as_indices,
+    by_name,
     check_function,
     fold_in,
-    jit_call,
     join_call,
+    make_roles,
     split_call,
 )
-from optaccum._scanning.data_axes import zeros_of
+from optaccum._scanning.data_axes import as_axes, check_layout, find_mesh, over_devices, psum
 from optaccum._scanning.split import (
+    Group,
     batch_size_of,
     check_split_options,
     resolve_num_microbatches,
-    size_and_count,
     split,
-    take,
 )
+from optaccum._varying import zeros_of
 
 PyTree = Any
 
@@ -42,6 +39,7 @@ def chunked(
     microbatch_size: int | None = None,
     batch_argnums: int | Sequence[int] = 1,
     key_argnum: int | None = None,
+    data_axes: str | Sequence[str] | None = None,
 ) -> Callable[..., Any]:
     """`fn` on the whole batch with one micro-batch's activations, in the forward and in the backward pass.
 
@@ -57,6 +55,8 @@ def chunked(
       microbatch_size: at most this many examples at once.
       batch_argnums: the positional argument or arguments to split; every leaf leads with the batch axis.
       key_argnum: a PRNG key, or a pytree of them; micro-batch i gets `jax.random.fold_in(key, i)`.
+      data_axes: mesh axes that the batch, and no other argument, is sharded over, as for :func:`value_and_grad`: no
+        collective in the loops, and outputs that lead with rows stay sharded.
 
     Returns:
       A function of `fn`'s arguments that returns what `fn` returns on the whole batch.
@@ -77,69 +77,75 @@ def chunked(
     """
     check_function(fn, "fn")
     num_microbatches, microbatch_size = check_split_options(num_microbatches, microbatch_size)
-    roles = Roles(
-        diff=(),
-        batch=as_indices(batch_argnums, "batch_argnums"),
-        key=as_index(key_argnum, "key_argnum"),
-        carry=None,
-    )
+    roles, axes = make_roles(None, batch_argnums, key_argnum), as_axes(data_axes)
 
-    def whole_batch(layout: Layout, n: int, call: Call) -> PyTree:
-        def call_fn(micro_batch, index):
-            key = jax.tree.map(lambda key: fold_in(key, index), call.key)
-            args, kwargs = join_call(layout, call._replace(batch=micro_batch, key=key))
-            return fn(*args, **kwargs)
+    def whole_batch(layout: Layout, mesh: Any, n: int, call: Call) -> PyTree:
+        def one_device(batch, others):
+            def call_fn(micro_batch, index):
+                key = fold_in(others.key, index)
+                key = fold_in(key, lax.axis_index(axes)) if axes else key
+                args, kwargs = join_call(layout, others._replace(batch=micro_batch, key=key))
+                return fn(*args, **kwargs)
 
-        return _map_groups(call_fn, split(call.batch, n))
+            return _map_groups(call_fn, split(batch, n), axes)
 
-    compiled = jit_call(whole_batch)
+        if mesh is not None:
+            one_device = over_devices(one_device, mesh, axes, batch_axis=0)
+        return reductions.merge_aux(*one_device(call.batch, call._replace(batch=())))
+
+    compiled = jax.jit(whole_batch, static_argnums=(0, 1, 2))
 
     @functools.wraps(fn, assigned=("__name__", "__qualname__", "__doc__"), updated=())
     def chunked_fn(*args: Any, **kwargs: Any) -> Any:
         call, layout = split_call(roles, args, kwargs)
-        n = resolve_num_microbatches(batch_size_of(call.batch), num_microbatches, microbatch_size)
-        return compiled(layout, n, call)
+        batch_size = batch_size_of(call.batch)
+        mesh = find_mesh(call, axes) if axes else None
+        if mesh is not None:
+            check_layout(by_name(layout, call), batch_size, mesh, axes)
+        n = resolve_num_microbatches(batch_size, num_microbatches, microbatch_size)
+        return compiled(layout, mesh, n, call)
 
     return chunked_fn
 
 
-def _map_groups(call_fn: Callable[[PyTree, jax.Array], PyTree], groups: list[PyTree]) -> PyTree:
+def _map_groups(
+    call_fn: Callable[[PyTree, jax.Array], PyTree], groups: list[Group], axes: tuple[str, ...]
+) -> tuple[PyTree, PyTree]:
     """Scans `call_fn(micro_batch, index)` over one or two groups of micro-batches."""
 
     def call_first(micro_batch: PyTree) -> PyTree:
         return call_fn(micro_batch, jnp.int32(0))
 
-    outputs = [jax.eval_shape(call_first, take(group, 0)) for group in groups]
+    outputs = [jax.eval_shape(call_first, group.take(0)) for group in groups]
     reductions.check_one_shape(outputs)
-    reduced, stacked, first = None, [], 0
+    summed, stacks, first = None, [], 0
     for group, output in zip(groups, outputs, strict=True):
-        bare = describe_bare(call_first, take(group, 0), output)
-        _check_rows(bare)
+        doubled = reductions.doubled_shapes(call_first, group.take(0), output)
+        _check_rows(output, doubled)
 
         # Inside a scan nothing can be merged across the recomputation: no need to prevent it.
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def wrapped(i, group=group, bare=bare, first=first):
-            return reductions.divide_aux(wrap_bare(call_fn(take(group, i), first + i), bare, False))
+        def wrapped(i, group=group, doubled=doubled, first=first):
+            aux = reductions.wrap(call_fn(group.take(i), first + i), group.size, doubled, mean_allowed=False)
+            return reductions.divide_aux(aux)
 
-        def step(acc, i, wrapped=wrapped):
+        def step(total, i, wrapped=wrapped):
             new, rows = wrapped(i)
-            return reductions.add(acc, new), rows
+            return jax.tree.map(jnp.add, total, new), rows
 
-        if reduced is None:
-            structs, _ = jax.eval_shape(wrapped, jnp.int32(0))
-            reduced = reductions.start(zeros_of(structs))
-        _, count = size_and_count(group)
-        reduced, rows = lax.scan(step, reduced, jnp.arange(count, dtype=jnp.int32))
-        stacked.append(rows)
-        first += count
-    return reductions.merge_aux(reductions.finish(reduced), reductions.rows(stacked))
+        if summed is None:
+            summed = zeros_of(jax.eval_shape(wrapped, jnp.int32(0))[0])
+        summed, rows = lax.scan(step, summed, jnp.arange(group.count, dtype=jnp.int32))
+        stacks.append(rows)
+        first += group.count
+    return reductions.finish(psum(summed, axes) if axes else summed, stacks, None, axes)
 
 
-def _check_rows(bare: list[AuxLeaf]) -> None:
+def _check_rows(output: PyTree, doubled: list[tuple[int, ...]]) -> None:
     """Raises for an output that says nothing of how it combines."""
-    for leaf in bare:
-        if leaf.shape == leaf.doubled_shape:
+    for (path, x), shape in zip(reductions.bare_leaves(output), doubled, strict=True):
+        if jnp.shape(x) == shape:
             raise TypeError(
                 "expected every output to have one axis that is the batch's, or to be wrapped in "
-                f"{reductions.CHOICES}; output{leaf.path} has shape {leaf.shape} for any number of examples."
+                f"{reductions.CHOICES}; output{path} has shape {shape} for any number of examples."
             )

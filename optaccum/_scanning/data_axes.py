@@ -1,7 +1,5 @@
 """One cross-device reduction per window: the micro-batch loop under `jax.shard_map` over the data axes."""
 
-import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,20 +11,8 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optaccum._dtypes import at_least_float32
-from optaccum._varying import vary_like
 
 PyTree = Any
-
-
-def zeros_of(structs: PyTree) -> PyTree:
-    """Zeros for what `jax.eval_shape` returned, with its sharding and its varying axes."""
-
-    def zeros(s):
-        if jnp.issubdtype(s.dtype, jax.dtypes.prng_key):
-            return jnp.zeros_like(s)
-        return jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding)
-
-    return vary_like(jax.tree.map(zeros, structs), structs)
 
 
 def _sharding(x: jax.Array) -> NamedSharding:
@@ -42,8 +28,6 @@ def find_mesh(args: PyTree, axes: tuple[str, ...]) -> Any:
     Raises:
       ValueError: where there is none, it lacks an axis, or an axis is manual already.
     """
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"expected data_axes to name each mesh axis once; got {axes}.")
     meshes = []
     for x in jax.tree.leaves(args):
         if isinstance(x, jax.Array):
@@ -81,6 +65,8 @@ def as_axes(data_axes: Any) -> tuple[str, ...]:
     axes = () if data_axes is None else axes
     if not all(isinstance(axis, str) for axis in axes):
         raise TypeError(f"expected data_axes to name one mesh axis or several; got {data_axes!r}.")
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"expected data_axes to name each mesh axis once; got {axes}.")
     return axes
 
 
@@ -104,13 +90,15 @@ def check_layout(replicated: dict[str, PyTree], batch_size: int, mesh: Any, axes
             )
 
 
-def over_devices(fn: Callable[..., Any], mesh: Any, axes: tuple[str, ...]) -> Callable[..., Any]:
+def over_devices(
+    fn: Callable[..., Any], mesh: Any, axes: tuple[str, ...], batch_axis: int
+) -> Callable[..., Any]:
     """`fn(batch, *replicated) -> (replicated, rows)`, each device with its own rows of the batch.
 
     Outputs in the first place must be equal on all devices; those in the second lead with rows, which come
-    back in device order.
+    back in device order. `batch_axis`: the axis of the batch's leaves that is divided.
     """
-    by_rows = PartitionSpec(axes)
+    by_rows = PartitionSpec(*(None,) * batch_axis, axes)
 
     def mapped(batch, *replicated):
         in_specs = (by_rows, *(PartitionSpec(),) * len(replicated))
@@ -122,25 +110,24 @@ def over_devices(fn: Callable[..., Any], mesh: Any, axes: tuple[str, ...]) -> Ca
             fn,
             mesh=mesh,
             in_specs=in_specs,
-            out_specs=(PartitionSpec(), by_rows),
+            out_specs=(PartitionSpec(), PartitionSpec(axes)),
             axis_names=set(axes),
             check_vma=False,
-        )(jax.tree.map(lambda x: _shard_rows(x, mesh, axes), batch), *replicated)
+        )(jax.tree.map(lambda x: _shard_rows(x, mesh, axes, batch_axis), batch), *replicated)
 
     return mapped
 
 
-def _shard_rows(x: jax.Array, mesh: Any, axes: tuple[str, ...]) -> jax.Array:
+def _shard_rows(x: jax.Array, mesh: Any, axes: tuple[str, ...], batch_axis: int) -> jax.Array:
     """An array whose type carries its sharding, with its rows over these axes first; others as they are."""
-    explicit = {
-        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
-    }
-    if not explicit & set(axes):
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    explicit = tuple(axis for axis in axes if kinds[axis] == AxisType.Explicit)
+    if not explicit:
         return x
     spec = [*jax.typeof(x).sharding.spec, *(None,) * x.ndim][: x.ndim]
-    rows, *others = [tuple(name for name in _names(entry) if name not in axes) or None for entry in spec]
-    rows = (*(axis for axis in axes if axis in explicit), *(rows or ()))
-    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(rows, *others)))
+    entries = [tuple(name for name in _names(entry) if name not in axes) for entry in spec]
+    entries[batch_axis] = (*explicit, *entries[batch_axis])
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*(entry or None for entry in entries))))
 
 
 def _names(entry: Any) -> tuple[str, ...]:
@@ -168,69 +155,26 @@ def psum(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
     return lax.platform_dependent(tree, cpu=on_cpu, default=lambda tree: lax.psum(tree, axes))
 
 
-def is_last_device(axes: tuple[str, ...], counts: jax.Array | None) -> jax.Array:
-    """Whether this device is the last along the data axes, of those where `counts` holds; shape=(), bool."""
-    index = lax.axis_index(axes)
-    last = lax.axis_size(axes) - 1 if counts is None else lax.pmax(jnp.where(counts, index, -1), axes)
-    return index == last
-
-
-def from_device(x: jax.Array, axes: tuple[str, ...], is_source: jax.Array) -> jax.Array:
-    """The array of the one device where `is_source` holds, on all."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        key_data = from_device(jax.random.key_data(x), axes, is_source)
-        return jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(x))
-    as_number = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
-    return psum(jnp.where(is_source, as_number, jnp.zeros_like(as_number)), axes).astype(x.dtype)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def extreme(x: jax.Array, axes: tuple[str, ...], reduce: Callable[..., jax.Array]) -> jax.Array:
-    """`lax.pmax` or `lax.pmin`, made to take bools, to keep NaN, and to have a derivative (ties share it)."""
+def pmax(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`lax.pmax` that keeps NaN, where an all-reduce's maximum of it and a number may be the number (on CPUs)."""
     if x.dtype == jnp.bool_:
-        return reduce(x.astype(jnp.int32), axes).astype(x.dtype)
+        return lax.pmax(x.astype(jnp.int32), axes).astype(x.dtype)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        return reduce(x, axes)
-    # An all-reduce's maximum of NaN and a number may be the number (as on CPUs).
+        return lax.pmax(x, axes)
     wide = x.astype(at_least_float32(x.dtype))  # as in `psum`
-    has_nan = jnp.isnan(wide).astype(wide.dtype)
-    out, nan = reduce(jnp.stack([wide, has_nan if reduce is lax.pmax else -has_nan]), axes)
-    return jnp.where(nan != 0, jnp.nan, out).astype(x.dtype)
+    has_nan = lax.pmax(jnp.isnan(wide).astype(jnp.int32), axes)
+    return jnp.where(has_nan != 0, jnp.nan, lax.pmax(wide, axes)).astype(x.dtype)
 
 
-@extreme.defjvp
-def _extreme_jvp(axes, reduce, primals, tangents):
-    (x,), (tangent,) = primals, tangents
-    out = extreme(x, axes, reduce)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return out, tangent
-    is_out = x == out
-    return out, psum(jnp.where(is_out, tangent, 0), axes) / psum(is_out.astype(x.dtype), axes)
+def carry_across(carry: PyTree, axes: tuple[str, ...], skips: bool) -> PyTree:
+    """One carry from all devices': floating leaves averaged, others as they are, for they are alike.
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Replicated:
-    """A part of a carry that every device computes alike, such as the counts of random draws."""
-
-    value: Any
-
-
-def average_carry(carry: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """A carry's mean over the devices; what is Replicated stays as it is.
-
-    Raises:
-      TypeError: for a leaf that is not floating, of which there is no mean.
+    Where a device may have dropped what another kept (`skips`), the largest count stands.
     """
 
-    def average(path, x):
-        if isinstance(x, Replicated):
-            return x
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            raise TypeError(
-                f"expected a floating carry{jax.tree_util.keystr(path)} to average over data_axes={axes}; "
-                f"got dtype {x.dtype}. Return it in aux instead, wrapped in optaccum.Last or optaccum.Sum."
-            )
-        return lax.pmean(x.astype(at_least_float32(x.dtype)), axes).astype(x.dtype)
+    def across(x):
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return lax.pmean(x.astype(at_least_float32(x.dtype)), axes).astype(x.dtype)
+        return pmax(x, axes) if skips and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
-    return jax.tree_util.tree_map_with_path(average, carry, is_leaf=lambda x: isinstance(x, Replicated))
+    return jax.tree.map(across, carry)

@@ -1,4 +1,4 @@
-"""The micro-batch loop: a `jax.lax.scan` that sums gradients, totals and auxiliary outputs.
+"""The micro-batch loop: a `jax.lax.scan` that sums gradients, the loss's terms and auxiliary outputs.
 
 Two forms give the same sums. The carry form adds each micro-batch's gradient to a sum in the scan's carry, which takes
 a second buffer of the parameters' size for the gradient itself. The in-place form hands the backward pass references
@@ -7,34 +7,51 @@ form (`run_as`).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from optaccum._in_place import run_as
+from optaccum._in_place import references, run_as, why_not_in_place
+from optaccum._loss import Terms, WeightedMean
 from optaccum._noise_scale import squared_norm
 from optaccum._scanning import reductions
-from optaccum._scanning.data_axes import zeros_of
-from optaccum._scanning.loss import Terms
-from optaccum._scanning.micro_loss import MicroLoss, Scalars
-from optaccum._scanning.split import size_and_count, take
-from optaccum._varying import vary, vary_like, varying_axes
+from optaccum._scanning.split import Group
+from optaccum._trace import Traced
+from optaccum._varying import vary, vary_like, varying_axes, zeros_of
 
 PyTree = Any
+Scalars = dict[str, jax.Array]
+
+
+class SumOf(NamedTuple):
+    """How the gradients of one leaf are kept."""
+
+    dtype: Any
+    is_max: bool  # their maximum, not their sum
+
+
+class MicroLoss(NamedTuple):
+    """The loss on the micro-batches of one group, traced."""
+
+    traced: Traced  # (diff, micro-batch, key, index, carry) -> (terms, carry, aux)
+    wrap: Callable[
+        ..., tuple[Terms, PyTree, PyTree]
+    ]  # of these three, the same with each leaf of aux in a wrapper
+    structs: tuple[Terms, PyTree, PyTree]  # of what `wrap` returns
 
 
 class Operands(NamedTuple):
     """The arrays that a loop over all micro-batches works on."""
 
     diff: list[jax.Array]  # what is differentiated, flat
-    groups: list[PyTree]  # one or two groups of equal micro-batches, leaves of shape (size, count, ...)
+    groups: list[Group]  # one or two
     key: PyTree
     carry: PyTree
     consts: list[Any]  # per group: what its loss closes over
+    limit: jax.Array | None  # shape=(), int32: the micro-batches to run, of one group; None: all
     cotangents: Scalars | None  # of the terms' totals; None: one
 
 
@@ -43,7 +60,7 @@ class Sums(NamedTuple):
 
     terms: Terms
     num_examples: jax.Array  # shape=(), float32
-    grads: list[jax.Array | None]  # None: in a reference
+    grads: list[Any]  # arrays; None: in a reference
     aux: PyTree
     carry: PyTree
     num_skipped: jax.Array  # shape=(), int32
@@ -51,190 +68,200 @@ class Sums(NamedTuple):
     sq_norm_sum: jax.Array  # shape=(), float32: of |gradient of the micro-batch's total|^2 / its weight
 
 
-class LoopOptions(NamedTuple):
+class Loop(NamedTuple):
     """What shapes the loop, all static."""
 
-    sum_dtypes: tuple[Any, ...]  # of each gradient leaf
-    is_max: tuple[bool, ...]  # leaves that are not summed: their maximum is kept
+    losses: list[MicroLoss]  # per group
+    sums_of: list[SumOf]  # per leaf of what is differentiated
     skip_nonfinite: bool
     track_noise_scale: bool
     unroll: int
+    call_loss: Callable[..., Any] | None = None  # instead of what was traced
 
 
 def run_loop(
-    losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands, in_place: bool
-) -> tuple[Sums, list[PyTree]]:
-    """Sums over all micro-batches, and the stacked auxiliary outputs of each scan; `in_place` chooses the form."""
-    form = functools.partial(_carry_form, losses, options)
-    if in_place:
-        form = run_as(functools.partial(_in_place_form, losses, options), form)
-    return form(operands)
+    loop: Loop, call_loss: Callable[..., Any], operands: Operands, in_place: bool
+) -> tuple[Sums, list[PyTree], jax.Array | None]:
+    """Sums over all micro-batches, the stacked aux of each group, and which micro-batches count (None: all).
+
+    `call_loss` is the loss before it was traced: where its closure may stay, it lowers in half the time.
+    """
+    if in_place or operands.limit is not None:
+        plain = functools.partial(_run, loop, in_place=False, is_plain=True)
+        run = run_as(functools.partial(_run, loop, in_place=in_place, is_plain=False), plain)
+        sums, outputs = run(operands)
+    else:
+        sums, outputs = _run(loop._replace(call_loss=call_loss), operands, in_place=False, is_plain=True)
+    stacked, kept = zip(*outputs, strict=True)
+    return sums, list(stacked), None if kept[0] is None else jnp.concatenate(kept)
 
 
-def choose_form(
-    in_place: bool | None, losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands
-) -> bool:
+def choose_form(in_place: bool | None, loop: Loop, operands: Operands) -> bool:
     """Whether to sum in place: where it can be, and is of use. Raises where `in_place=True` cannot be."""
     # Without a scan, over layers say, the compiler adds each gradient as it arises: references would save nothing.
-    wanted = any(loss.has_scan for loss in losses) if in_place is None else in_place
-    if not wanted or options.skip_nonfinite or options.track_noise_scale:
+    wanted = any(loss.traced.has_scan for loss in loop.losses) if in_place is None else in_place
+    if not wanted or loop.skip_nonfinite or loop.track_noise_scale:
         return False
-    obstacle, cause = _obstacle(losses, options, operands)
+    obstacle, cause = why_not_in_place(
+        [loss.traced for loss in loop.losses],
+        [(x.dtype, sum_of.dtype) for x, sum_of in zip(operands.diff, loop.sums_of, strict=True)],
+        functools.partial(_run, loop, operands, in_place=True, is_plain=False),
+    )
     if obstacle and in_place:
         raise ValueError(
-            f"in_place=True cannot be honoured: {obstacle}. Leave in_place out, or pass False, to sum in a second "
-            "gradient buffer."
+            f"expected in_place=True to be possible; got an obstacle: {obstacle}. Leave in_place out, or pass False, "
+            "to sum in a second gradient buffer."
         ) from cause
     return not obstacle
 
 
-def _obstacle(
-    losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands
-) -> tuple[str, Exception | None]:
-    """Why references cannot be used; empty where they can."""
-    for x, dtype in zip(operands.diff, options.sum_dtypes, strict=True):
-        if not np.can_cast(x.dtype, dtype):
-            return f"a {dtype} sum is narrower than its {x.dtype} parameter", None
-    # Effects do not show through `run_as`, and its rule for vmap does not know the axis by name.
-    effects = {effect for loss in losses for effect in loss.effects}
-    effects -= set(jax.sharding.get_abstract_mesh().axis_names)
-    if effects:
-        return (
-            f"the loss has effects, or communicates over an axis of jax.vmap ({', '.join(sorted(effects))})",
-            None,
-        )
-    try:
-        jax.eval_shape(functools.partial(_in_place_form, losses, options), operands)
-    except Exception as error:  # whatever the running JAX raises where it cannot pass references through
-        return "this JAX cannot pass gradient references through the loss", error
-    return "", None
-
-
-def sum_weights(losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands) -> Scalars:
+def sum_weights(loop: Loop, operands: Operands) -> Scalars:
     """Each term's total weight: a pass over the micro-batches without gradients."""
 
-    def step(state, xs, call, num_examples):
+    def step(call, group, state, index, micro_batch):
         weights, carry = state
-        _, (new, carry, _) = call(operands.diff, xs, carry)
-        return (jax.tree.map(jnp.add, weights, new), carry), None
+        terms, carry, _ = call(operands.diff, micro_batch, index, carry)
+        return ({name: weights[name] + terms[name].weight for name in weights}, carry), None
 
-    start = _start(losses, options, operands)
-    (weights, _), _ = _scan_groups(step, (start.terms.weights, start.carry), losses, options, operands)
+    start = _start(loop, operands)
+    weights = {name: term.weight for name, term in start.terms.items()}
+    (weights, _), _ = _each_micro_batch(loop, step, (weights, start.carry), operands, is_plain=True)
     return weights
 
 
-def _carry_form(
-    losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands
-) -> tuple[Sums, list[PyTree]]:
-    def step(sums, xs, call, num_examples):
-        totals, vjp, (weights, carry, aux) = jax.vjp(
-            lambda x: call(x, xs, sums.carry), operands.diff, has_aux=True
+def _run(loop: Loop, operands: Operands, *, in_place: bool, is_plain: bool) -> tuple[Sums, list[Any]]:
+    start = _start(loop, operands)
+    maxima = [sum_of.is_max for sum_of in loop.sums_of]
+    diff, narrow, backward, total = operands.diff, lambda diff: diff, _backward, None
+    if in_place:
+        # A reference has its cotangent's dtype: for wider sums, differentiate with respect to wider parameters.
+        dtypes = [x.dtype for x in diff]
+        diff = [x.astype(sum_of.dtype) for x, sum_of in zip(diff, loop.sums_of, strict=True)]
+        narrow = lambda diff: [x.astype(dtype) for x, dtype in zip(diff, dtypes, strict=True)]  # noqa: E731
+        backward, total = references(start.grads, maxima)
+        start = start._replace(
+            grads=[g if is_max else None for g, is_max in zip(start.grads, maxima, strict=True)]
         )
-        (grads,) = vjp(_cotangents(operands, totals))
-        reduced, stacked = reductions.divide_aux(aux)
-        new = _add(sums, Terms(totals, weights), reduced, carry, num_examples)
-        new = new._replace(grads=_add_grads(sums.grads, grads, options))
-        if options.track_noise_scale:
-            new = _add_noise(new, grads, weights, num_examples, options)
-        if options.skip_nonfinite:
-            finite = _all_finite((totals, weights, grads), _axes(sums.terms))
-            kept = jax.tree.map(lambda n, old: jnp.where(finite, n, old), new, sums)
-            new = kept._replace(num_skipped=jnp.where(finite, sums.num_skipped, sums.num_skipped + 1))
-        return new, stacked
 
-    return _scan_groups(step, _start(losses, options, operands), losses, options, operands)
+    def step(call, group, sums, index, micro_batch):
+        # differentiate
+        def forward(diff):
+            terms, carry, aux = call(narrow(diff), micro_batch, index, sums.carry)
+            return {name: term.total for name, term in terms.items()}, (terms, carry, aux)
 
+        totals, vjp, (terms, carry, aux) = jax.vjp(forward, diff, has_aux=True)
+        # weigh
+        grads = backward(vjp, _cotangents(operands, totals))
+        # add
+        summed, stacked = reductions.divide_aux(aux)
+        new = sums._replace(
+            terms=jax.tree.map(jnp.add, sums.terms, terms),
+            num_examples=sums.num_examples + group.size,
+            grads=[_add(*leaf) for leaf in zip(sums.grads, grads, maxima, strict=True)],
+            aux=jax.tree.map(jnp.add, sums.aux, summed),
+            carry=carry,
+        )
+        if loop.track_noise_scale:
+            new = _add_noise(new, grads, terms, group.size, maxima)
+        # keep or drop
+        kept = None if operands.limit is None else jnp.bool_(True)
+        if loop.skip_nonfinite:
+            kept = _all_finite((terms, grads), _axes(sums.terms))
+            new = jax.tree.map(lambda n, old: jnp.where(kept, n, old), new, sums)
+            new = new._replace(num_skipped=jnp.where(kept, sums.num_skipped, sums.num_skipped + 1))
+        return new, (stacked, kept)
 
-def _in_place_form(
-    losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands
-) -> tuple[Sums, list[PyTree]]:
-    # A reference has its cotangent's dtype: for wider sums, differentiate with respect to wider parameters.
-    narrow = [x.dtype for x in operands.diff]
-    wide = [x.astype(dtype) for x, dtype in zip(operands.diff, options.sum_dtypes, strict=True)]
-    start = _start(losses, options, operands)
-    refs = [None if m else jax.new_ref(g) for g, m in zip(start.grads, options.is_max, strict=True)]
-    maxima = [g if m else None for g, m in zip(start.grads, options.is_max, strict=True)]
-
-    def step(sums, xs, call, num_examples):
-        def forward(wide):
-            diff = [x.astype(dtype) for x, dtype in zip(wide, narrow, strict=True)]
-            return call(diff, xs, sums.carry)
-
-        totals, vjp, (weights, carry, aux) = jax.vjp(forward, wide, has_aux=True)
-        # A maximum needs each micro-batch's own value: a reference of its own.
-        all_refs = [
-            jax.new_ref(jnp.zeros_like(x)) if r is None else r for r, x in zip(refs, wide, strict=True)
-        ]
-        with_refs: Any = vjp.with_refs  # pyright: ignore[reportFunctionMemberAccess]: typed as a plain callable
-        with_refs(all_refs)(_cotangents(operands, totals))
-        own = [jax.freeze(new) if r is None else None for r, new in zip(refs, all_refs, strict=True)]
-        reduced, stacked = reductions.divide_aux(aux)
-        new = _add(sums, Terms(totals, weights), reduced, carry, num_examples)
-        return new._replace(grads=_add_grads(sums.grads, own, options)), stacked
-
-    sums, stacked = _scan_groups(step, start._replace(grads=maxima), losses, options, operands)
-    grads = [g if r is None else jax.freeze(r) for g, r in zip(sums.grads, refs, strict=True)]
-    return sums._replace(grads=grads), stacked
+    sums, outputs = _each_micro_batch(loop, step, start, operands, is_plain=is_plain)
+    return (sums if total is None else sums._replace(grads=total(sums.grads))), outputs
 
 
-def _scan_groups(
-    step: Callable[..., Any],
-    state: Any,
-    losses: Sequence[MicroLoss],
-    options: LoopOptions,
-    operands: Operands,
-) -> tuple[Any, list[PyTree]]:
-    """Scans `step(state, (index, micro-batch), call, num_examples)` over each group in turn."""
+def _backward(vjp: Callable[..., Any], cotangents: Scalars) -> list[jax.Array]:
+    return vjp(cotangents)[0]
+
+
+def _add(total: Any, grad: Any, is_max: bool) -> Any:
+    if total is None:  # in a reference
+        return None
+    return jnp.maximum(total, grad) if is_max else total + grad.astype(total.dtype)
+
+
+def _each_micro_batch(
+    loop: Loop, step: Callable[..., Any], state: Any, operands: Operands, *, is_plain: bool
+) -> tuple[Any, list[Any]]:
+    """Threads `step(call, group, state, index, micro_batch)` through each group; the state, each group's outputs."""
     outputs, first = [], 0
-    for loss, group, consts in zip(losses, operands.groups, operands.consts, strict=True):
+    for loss, group, consts in zip(loop.losses, operands.groups, operands.consts, strict=True):
 
-        def call(diff, xs, carry, loss=loss, consts=consts):
-            index, micro_batch = xs
-            return loss.call(diff, micro_batch, operands.key, index, carry, *consts)
+        def call(diff, micro_batch, index, carry, loss=loss, consts=consts):
+            call_loss = loop.call_loss or functools.partial(loss.traced.call, consts)
+            return loss.wrap(*call_loss(diff, micro_batch, operands.key, index, carry))
 
-        num_examples, count = size_and_count(group)
+        def body(state, i, group=group, call=call, first=first):
+            return step(call, group, state, first + i, group.take(i))
 
-        def body(carry, _, first=first, group=group, call=call, num_examples=num_examples):
-            i, state = carry  # counted, for a scan over indices would keep them all
-            state, output = step(state, (first + i, take(group, i)), call, num_examples)
-            return (i + 1, state), output
-
-        counted = (jnp.int32(0), state)
-        (_, state), output = lax.scan(body, counted, length=count, unroll=options.unroll)
+        state, output = _iterate(body, state, group.count, operands.limit, loop.unroll, is_plain)
         outputs.append(output)
-        first += count
+        first += group.count
     return state, outputs
 
 
-def _start(losses: Sequence[MicroLoss], options: LoopOptions, operands: Operands) -> Sums:
+def _iterate(
+    body: Callable[..., Any], state: Any, length: int, limit: jax.Array | None, unroll: int, is_plain: bool
+) -> tuple[Any, Any]:
+    """Scans `body(state, i) -> (state, output)`, the first `limit` times of `length`; zeros where it did not run."""
+
+    def counted(carry, _):
+        i, state = carry  # counted, for a scan over indices would keep them all
+        if limit is None:
+            state, output = body(state, i)
+        else:  # which can be differentiated
+            zeros = zeros_of(jax.eval_shape(body, state, i)[1])
+            state, output = lax.cond(i < limit, body, lambda state, _: (state, zeros), state, i)
+        return (i + 1, state), output
+
+    if limit is None or is_plain:
+        (_, state), outputs = lax.scan(counted, (jnp.int32(0), state), length=length, unroll=unroll)
+        return state, outputs
+
+    def place(i, carry):
+        state, outputs = carry
+        state, output = body(state, i)
+        return state, jax.tree.map(
+            lambda xs, x: lax.dynamic_update_index_in_dim(xs, x, i, 0), outputs, output
+        )
+
+    structs = jax.eval_shape(body, state, jnp.int32(0))[1]
+    outputs = jax.tree.map(lambda x: jnp.broadcast_to(x, (length, *x.shape)), zeros_of(structs))
+    return lax.fori_loop(0, limit, place, (state, outputs))
+
+
+def _start(loop: Loop, operands: Operands) -> Sums:
     """The sums over no micro-batch."""
-    totals, (weights, carry, aux) = losses[0].structs
-    _check_carry(operands.carry, carry)
+    terms, carry, aux = loop.losses[0].structs
     sums = Sums(
         grads=[
-            reductions.lowest(x) if is_max else jnp.zeros_like(x, dtype)
-            for x, dtype, is_max in zip(operands.diff, options.sum_dtypes, options.is_max, strict=True)
+            reductions.lowest(x) if sum_of.is_max else jnp.zeros_like(x, sum_of.dtype)
+            for x, sum_of in zip(operands.diff, loop.sums_of, strict=True)
         ],
-        terms=zeros_of(Terms(totals, weights)),
+        terms=zeros_of(terms),
         num_examples=jnp.float32(0),
-        aux=reductions.start(zeros_of(reductions.divide_aux(aux)[0])),
+        aux=zeros_of(reductions.divide_aux(aux)[0]),
         carry=vary_like(operands.carry, carry),
         num_skipped=jnp.int32(0),
         num_weighted=jnp.int32(0),
         sq_norm_sum=jnp.float32(0),
     )
-    if options.skip_nonfinite:  # what a device drops, its sums vary with
+    if loop.skip_nonfinite:  # what a device drops, its sums vary with
         return vary(sums, _axes(sums.terms))
-    if options.track_noise_scale:
-        num_weighted, sq_norm_sum = vary(
-            (sums.num_weighted, sums.sq_norm_sum), _axes((operands.diff, sums.terms))
-        )
+    if loop.track_noise_scale:
+        axes = _axes((operands.diff, sums.terms))
+        num_weighted, sq_norm_sum = vary((sums.num_weighted, sums.sq_norm_sum), axes)
         return sums._replace(num_weighted=num_weighted, sq_norm_sum=sq_norm_sum)
     return sums
 
 
 def _axes(tree: PyTree) -> frozenset[str]:
-    """The mesh axes that any of these arrays or structs varies over, in someone's own `shard_map`."""
+    """The mesh axes that any of these arrays varies over, in someone's own `shard_map`."""
     return frozenset().union(*(varying_axes(x) for x in jax.tree.leaves(tree)))
 
 
@@ -251,52 +278,15 @@ def _cotangents(operands: Operands, totals: Scalars) -> Scalars:
     return vary_like(operands.cotangents, jax.tree.map(jax.typeof, totals))
 
 
-def _add(sums: Sums, terms: Terms, aux: PyTree, carry: PyTree, num_examples: int) -> Sums:
-    """The sums with one more micro-batch, all but the gradients."""
-    return sums._replace(
-        terms=jax.tree.map(jnp.add, sums.terms, terms),
-        num_examples=sums.num_examples + num_examples,
-        aux=reductions.add(sums.aux, aux),
-        carry=carry,
-    )
-
-
-def _add_grads(sums: list[Any], grads: list[Any], options: LoopOptions) -> list[Any]:
-    def add(total, grad, is_max):
-        if total is None:
-            return None
-        return jnp.maximum(total, grad) if is_max else total + grad.astype(total.dtype)
-
-    return [add(*leaf) for leaf in zip(sums, grads, options.is_max, strict=True)]
-
-
 def _add_noise(
-    sums: Sums, grads: list[jax.Array], weights: Scalars, num_examples: int, options: LoopOptions
+    sums: Sums, grads: list[jax.Array], terms: dict[str, WeightedMean], num_examples: int, maxima: list[bool]
 ) -> Sums:
     """Adds n_i |g_i|^2, of the micro-batch's mean gradient g_i; its summed gradient is n_i g_i."""
-    weight = next(iter(weights.values())) if len(weights) == 1 else jnp.float32(num_examples)
+    weight = next(iter(terms.values())).weight if len(terms) == 1 else jnp.float32(num_examples)
     counted = weight != 0
-    summed = [g for g, is_max in zip(grads, options.is_max, strict=True) if not is_max]
-    scaled = squared_norm(summed) / jnp.where(counted, weight, 1)
+    scaled = squared_norm([g for g, is_max in zip(grads, maxima, strict=True) if not is_max])
+    scaled = scaled / jnp.where(counted, weight, 1)
     return sums._replace(
         num_weighted=sums.num_weighted + counted.astype(jnp.int32),
         sq_norm_sum=sums.sq_norm_sum + jnp.where(counted, scaled, 0),
     )
-
-
-def _check_carry(before: PyTree, after: PyTree) -> None:
-    """Raises unless a micro-batch's carry comes back as it went in."""
-    expected, came = jax.tree.structure(before), jax.tree.structure(after)
-    if expected != came:
-        raise TypeError(
-            f"expected the carry that the loss function returns to have the structure that it came with, {expected}; "
-            f"got {came}. Return (new_carry, rest) as aux."
-        )
-    for (path, old), new in zip(
-        jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
-    ):
-        if (old.shape, old.dtype) != (new.shape, new.dtype):
-            raise TypeError(
-                f"expected the carry to keep its shapes and dtypes; carry{jax.tree_util.keystr(path)} came with "
-                f"{old.dtype}{list(old.shape)} and returns as {new.dtype}{list(new.shape)}. Cast it back."
-            )

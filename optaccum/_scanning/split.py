@@ -5,6 +5,7 @@ is copied, and where the batch is sharded over devices each keeps its own rows, 
 them.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,34 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Micro-batches of one size, which a loop takes one after the other."""
+
+    rows: PyTree  # leaves of shape (size, count, ...), or (count, size, ...)
+    axis: int = dataclasses.field(metadata={"static": True})  # that of the micro-batches, 1 or 0
+
+    @property
+    def count(self) -> int:
+        """The number of micro-batches."""
+        return jax.tree.leaves(self.rows)[0].shape[self.axis]
+
+    @property
+    def size(self) -> int:
+        """The examples in each."""
+        return jax.tree.leaves(self.rows)[0].shape[1 - self.axis]
+
+    def take(self, index: jax.Array | int) -> PyTree:
+        """Micro-batch `index`: leaves of shape (size, ...).
+
+        A loop that takes its own column needs no copy of the batch; scanned over, the columns would be two.
+        """
+        return jax.tree.map(
+            lambda x: lax.dynamic_index_in_dim(x, index, axis=self.axis, keepdims=False), self.rows
+        )
 
 
 def resolve_num_microbatches(
@@ -34,82 +63,89 @@ def resolve_num_microbatches(
 
 
 def check_split_options(
-    num_microbatches: int | None, microbatch_size: int | None
+    num_microbatches: int | None, microbatch_size: int | None, presplit: bool = False
 ) -> tuple[int | None, int | None]:
-    """The two as ints; raises unless exactly one is given, and is an int >= 1."""
+    """The two as ints; raises unless exactly one of the three is given, and is an int >= 1."""
     given = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
     given = {name: size for name, size in given.items() if size is not None}
-    if len(given) != 1:
+    if len(given) + presplit != 1:
         raise ValueError(
-            "expected exactly one of num_microbatches and microbatch_size; "
-            f"got num_microbatches={num_microbatches}, microbatch_size={microbatch_size}."
+            "expected exactly one of num_microbatches, microbatch_size and presplit=True; "
+            f"got num_microbatches={num_microbatches}, microbatch_size={microbatch_size}, presplit={presplit}."
         )
     for name, size in given.items():
-        if isinstance(size, bool) or not hasattr(size, "__index__"):
-            raise TypeError(f"expected {name} to be an int >= 1; got {size!r} of type {type(size).__name__}.")
-        if int(size) < 1:
-            raise ValueError(f"expected {name} to be an int >= 1; got {size!r}.")
+        check_positive_int(size, name)
     as_int = {name: int(size) for name, size in given.items()}
     return as_int.get("num_microbatches"), as_int.get("microbatch_size")
 
 
+def check_positive_int(size: Any, name: str) -> None:
+    """Raises for what is no int >= 1."""
+    if isinstance(size, bool) or not hasattr(size, "__index__"):
+        raise TypeError(f"expected {name} to be an int >= 1; got {size!r} of type {type(size).__name__}.")
+    if int(size) < 1:
+        raise ValueError(f"expected {name} to be an int >= 1; got {size!r}.")
+
+
 def batch_size_of(batch: PyTree) -> int:
     """The leading size that all leaves of a batch agree on."""
-    sizes: dict[str, int] = {}
+    return _leading_sizes(
+        batch, 1, "Rows on another axis: move them to the front, or split yourself (presplit=True)"
+    )[0]
+
+
+def num_and_size_of(batch: PyTree) -> tuple[int, int]:
+    """The micro-batches of the caller and their size, on which all leaves of the batch agree."""
+    num, size = _leading_sizes(batch, 2, "With presplit=True leaves have shape (num_microbatches, size, ...)")
+    return num, size
+
+
+def _leading_sizes(batch: PyTree, num_axes: int, advice: str) -> tuple[int, ...]:
+    sizes: dict[str, tuple[int, ...]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         name = "batch" + jax.tree_util.keystr(path)
-        if not jnp.ndim(leaf):
+        if jnp.ndim(leaf) < num_axes:
+            what = "a scalar" if not jnp.ndim(leaf) else f"shape {jnp.shape(leaf)}"
             raise ValueError(
-                f"expected every leaf of the batch to lead with the batch axis; got a scalar at {name}. Pass what is "
-                "not split as another argument or a keyword argument."
+                f"expected every leaf of the batch to lead with the batch axis; got {what} at {name}. Pass what is "
+                f"not split as another argument or a keyword argument. {advice}."
             )
-        sizes[name] = jnp.shape(leaf)[0]
+        sizes[name] = jnp.shape(leaf)[:num_axes]
     if not sizes:
         raise ValueError("expected a batch with at least one array; got none. Check batch_argnums.")
     if len(set(sizes.values())) > 1:
         raise ValueError(
-            f"expected every leaf of the batch to have the same leading size; got {sizes}. Pass what is not split "
-            "as another argument or a keyword argument."
+            "expected every leaf of the batch to have the same leading size; got "
+            f"{ {name: size if num_axes > 1 else size[0] for name, size in sizes.items()} }. Pass what is not split "
+            f"as another argument or a keyword argument. {advice}."
         )
     size = next(iter(sizes.values()))
-    if not size:
-        raise ValueError("expected at least one example; got a batch of size 0.")
+    if 0 in size:
+        raise ValueError(f"expected at least one example; got a batch of size {' x '.join(map(str, size))}.")
     return size
 
 
-def split(batch: PyTree, num_microbatches: int) -> list[PyTree]:
+def split(batch: PyTree, num_microbatches: int) -> list[Group]:
     """Groups a batch's rows into one or two sets of equal micro-batches.
 
     Args:
-      batch: leaves of shape (B, ...).
+      batch: leaves of shape (B, ...), those of one device.
       num_microbatches: n, at most B.
 
     Returns:
-      Pytrees with leaves of shape (size, count, ...), of which `take` takes the micro-batches, in order: one with
-      all n where n divides B; otherwise the first B mod n of ceil(B / n) rows, then the rest, of floor(B / n) rows.
+      The micro-batches in order: one group of all n where n divides B; otherwise the first B mod n, of ceil(B / n)
+      rows, then the rest, of floor(B / n) rows.
     """
-    n, batch_size = num_microbatches, batch_size_of(batch)
+    batch_size = batch_size_of(batch)
+    n = resolve_num_microbatches(batch_size, num_microbatches, None)
     rows, extra = divmod(batch_size, n)
     batch = jax.tree.map(lambda x: _unshard_if_uneven(jnp.asarray(x), n), batch)
     if not extra:
-        return [jax.tree.map(lambda x: _to_columns(x, n), batch)]
+        return [Group(jax.tree.map(lambda x: _to_columns(x, n), batch), axis=1)]
 
     even = jax.tree.map(lambda x: _to_columns(x[: rows * n], n), batch)
     longer = jax.tree.map(lambda e, x: jnp.concatenate([e[:, :extra], x[rows * n :][None]]), even, batch)
-    return [longer, jax.tree.map(lambda e: e[:, extra:], even)]
-
-
-def take(group: PyTree, index: jax.Array | int) -> PyTree:
-    """Micro-batch `index` of a group that `split` made: leaves of shape (size, ...).
-
-    A loop that takes its own column needs no copy of the batch; scanned over, the columns would be two.
-    """
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False), group)
-
-
-def size_and_count(group: PyTree) -> tuple[int, int]:
-    """The examples in each micro-batch of a group, and the number of its micro-batches."""
-    return jax.tree.leaves(group)[0].shape[:2]
+    return [Group(longer, axis=1), Group(jax.tree.map(lambda e: e[:, extra:], even), axis=1)]
 
 
 def join(stacks: Sequence[jax.Array]) -> jax.Array:

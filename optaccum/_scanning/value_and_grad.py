@@ -4,21 +4,13 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from optaccum._dtypes import AccumulatorDType, check_accumulator_dtype
-from optaccum._scanning.call import (
-    Roles,
-    as_index,
-    as_indices,
-    by_name,
-    check_function,
-    jit_call,
-    resolve_roles,
-    split_call,
-)
+from optaccum._scanning.call import by_name, check_function, make_roles, split_call
 from optaccum._scanning.data_axes import as_axes, check_layout, find_mesh
-from optaccum._scanning.split import batch_size_of, check_split_options
+from optaccum._scanning.split import batch_size_of, check_positive_int, check_split_options, num_and_size_of
 from optaccum._scanning.whole_batch import Options, whole_batch
 
 
@@ -34,6 +26,8 @@ def value_and_grad(
     carry_argnum: int | None = None,
     accumulator_dtype: AccumulatorDType = jnp.float32,
     skip_nonfinite: bool = False,
+    presplit: bool = False,
+    count_argnum: int | None = None,
     data_axes: str | Sequence[str] | None = None,
     in_place: bool | None = None,
     grad_reduction_fn: Callable[[tuple[Any, ...], Any], str] | None = None,
@@ -54,9 +48,8 @@ def value_and_grad(
       loss_fn: returns a scalar, the mean over its examples; a :class:`WeightedMean`; or a dict of those, which add
         up, each with its own denominator (then a first pass sums the weights, free where they depend on the batch
         only); with `has_aux` a pair of that and any pytree.
-      num_microbatches: n. Exactly one of this and the next.
+      num_microbatches: n. Exactly one of this, the next and `presplit`.
       microbatch_size: at most this many examples at once, over all devices: n = ceil(batch size / microbatch_size).
-        With `data_axes`, where n does not divide a device's rows, each device may have one more at once.
       argnums: the positional argument or arguments to differentiate, as in `jax.value_and_grad`.
       batch_argnums: those to split; every leaf leads with the batch axis.
       has_aux: whether `loss_fn` returns (loss, aux). :class:`WeightedMean`, :class:`Sum`, :class:`Max`,
@@ -66,22 +59,24 @@ def value_and_grad(
       key_argnum: a PRNG key, or a pytree of them; micro-batch i gets `jax.random.fold_in(key, i)`.
       carry_argnum: state threaded from each micro-batch to the next, such as BatchNorm statistics; aux is then
         (new_carry, rest), and no gradient flows along the carry.
-      accumulator_dtype: of the gradients' sums and of the gradients returned: a dtype, taken for real leaves other
-        than float64; None, for each gradient's own; or a function (key path, leaf) -> dtype. Parameters in bf16 thus
-        get float32 gradients: initialise a bare optimizer on `optax.tree.cast(params, jnp.float32)`, or let
+      accumulator_dtype: of the sums and of the gradients returned, as for :func:`accumulate`: float32 also for
+        parameters in bf16. Initialise a bare optimizer on `optax.tree.cast(params, jnp.float32)` then, or let
         :func:`accumulate` wrap it.
       skip_nonfinite: drop a micro-batch whose loss or gradient is not finite, its weight and its carry with it. Its
         rows stay in concatenations and stacks. All dropped: the value is NaN and the gradients are zero.
       data_axes: mesh axes that the batch, and no other argument, is sharded over. `loss_fn` then sees one device's
         rows of a micro-batch, keys are `fold_in(fold_in(key, i), device's index)`, and gradients cross devices once,
-        after the loop.
+        after the loop. A carry's floating leaves are averaged; others must be computed alike on every device.
+
+        Rarely needed:
+
+      presplit: the micro-batches are the caller's: leaves of the batch have shape (n, size, ...), for rows that
+        belong together or are packed. Bare arrays of aux then come back stacked, (n, ...).
+      count_argnum: with `presplit`, an int scalar: only the first `count` micro-batches run, in time proportional to
+        it, with one program for every count.
       in_place: whether the backward pass adds into the one gradient buffer, through `jax.vjp(...).with_refs`. None:
-        where it can, and the loss has a `jax.lax.scan`; True: or raise; False: never. It cannot with `skip_nonfinite`
-        or `track_noise_scale`, which need each micro-batch's gradient; with a sum narrower than its parameter; where
-        the loss has side effects (`jax.debug.print`) or communicates over an axis of an outer `jax.vmap`; for static
-        slices of a parameter (`w[0]`) in JAX 0.10. It saves nothing where no scan over layers differentiates the
-        parameter itself: unrolled layers, slices, 16-bit parameters with float32 sums. Whatever the choice,
-        `jax.vmap` and differentiation of either mode and any order are exact: they see the carry form.
+        where it can, and the loss has a `jax.lax.scan`; True: or raise; False: never. Which losses that is, and what
+        it saves: the page on memory.
       grad_reduction_fn: (key path, leaf of the differentiated arguments) -> "mean", or "max" for state that its
         gradient carries (FP8 amax histories): the elementwise maximum, in the leaf's own dtype.
       return_info: return an :class:`Info` as one more result. For a window of windows, scanned batches streamed to
@@ -92,10 +87,8 @@ def value_and_grad(
     Returns:
       A function of `loss_fn`'s arguments that returns what `jax.value_and_grad(loss_fn, argnums, has_aux)` returns on
       the whole batch: (value, gradients) or ((value, aux), gradients), then Info if asked for. The value is float32
-      or wider. A total weight of zero gives zero value and zero gradients (a term of several: where its gradient is
-      finite). It is compiled: once for each set of
-      shapes and each value of the arguments that are not arrays, such as strings and Python numbers that are
-      neither differentiated nor part of the batch.
+      or wider. A total weight of zero gives zero value and zero gradients. It is compiled: once for each set of
+      shapes and each value of the arguments that are neither arrays nor floats, such as ints, bools and strings.
 
     Raises:
       ValueError, TypeError: here for options that contradict each other; at the first call for arguments, losses and
@@ -113,41 +106,21 @@ def value_and_grad(
       >>> round(float(jnp.mean((batch["x"] - 1.0) ** 2)), 4)
       20.5
     """
-    check_function(loss_fn, "loss_fn")
-    num_microbatches, microbatch_size = check_split_options(num_microbatches, microbatch_size)
-    options = Options(
-        roles=Roles(
-            diff=as_indices(argnums, "argnums"),
-            batch=as_indices(batch_argnums, "batch_argnums"),
-            key=as_index(key_argnum, "key_argnum"),
-            carry=as_index(carry_argnum, "carry_argnum"),
-        ),
-        one_argnum=hasattr(argnums, "__index__"),
-        num_microbatches=num_microbatches,
-        microbatch_size=microbatch_size,
-        has_aux=has_aux,
-        accumulator_dtype=check_accumulator_dtype(accumulator_dtype),
-        skip_nonfinite=skip_nonfinite,
-        data_axes=as_axes(data_axes),
-        in_place=in_place,
-        grad_reduction_fn=grad_reduction_fn,
-        return_info=return_info,
-        track_noise_scale=track_noise_scale,
-        unroll=unroll,
-    )
-    _check_options(options)
-    compiled = jit_call(functools.partial(whole_batch, loss_fn, options))
+    options = make_options(locals())
+    compiled = jax.jit(functools.partial(whole_batch, loss_fn, options), static_argnums=(0, 1))
 
     @functools.wraps(loss_fn, assigned=("__name__", "__qualname__", "__doc__"), updated=())
     def grad_fn(*args: Any, **kwargs: Any) -> Any:
         call, layout = split_call(options.roles, args, kwargs)
         mesh = find_mesh(call, options.data_axes) if options.data_axes else None
         if mesh is not None:
-            check_layout(by_name(layout, call), batch_size_of(call.batch), mesh, options.data_axes)
+            num_rows = num_and_size_of(call.batch)[1] if presplit else batch_size_of(call.batch)
+            check_layout(by_name(layout, call), num_rows, mesh, options.data_axes)
         value, aux, grads, info = compiled(layout, mesh, call)
         results = ((value, aux) if has_aux else value, grads)
         return (*results, info) if return_info else results
 
+    grad_fn.options = options  # pyright: ignore[reportAttributeAccessIssue]: for `verify`
     return grad_fn
 
 
@@ -184,14 +157,50 @@ def grad(loss_fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return without_value
 
 
-def _check_options(options: Options) -> None:
-    resolve_roles(options.roles)
-    if options.grad_reduction_fn is not None:
-        check_function(options.grad_reduction_fn, "grad_reduction_fn")
+def make_options(given: dict[str, Any]) -> Options:
+    """The arguments of `value_and_grad`, checked.
+
+    Raises:
+      ValueError, TypeError: for one that is not what it says, or that rules out another.
+    """
+    given = dict(given)
+    check_function(given.pop("loss_fn"), "loss_fn")
+    for name in ("has_aux", "skip_nonfinite", "presplit", "return_info", "track_noise_scale", "in_place"):
+        if not isinstance(given[name], bool) and not (name == "in_place" and given[name] is None):
+            raise TypeError(f"expected {name} to be True or False; got {given[name]!r}.")
+    names = ("argnums", "batch_argnums", "key_argnum", "carry_argnum", "count_argnum")
+    argnums = {name: given.pop(name) for name in names}
+    if given["grad_reduction_fn"] is not None:
+        check_function(given["grad_reduction_fn"], "grad_reduction_fn")
+    if not isinstance(given["unroll"], bool):
+        check_positive_int(given["unroll"], "unroll")
+    sizes = check_split_options(given["num_microbatches"], given["microbatch_size"], given["presplit"])
+    check_accumulator_dtype(given["accumulator_dtype"])
+    options = Options(
+        roles=make_roles(**argnums),
+        one_argnum=hasattr(argnums["argnums"], "__index__"),
+        **given
+        | {
+            "num_microbatches": sizes[0],
+            "microbatch_size": sizes[1],
+            "data_axes": as_axes(given["data_axes"]),
+        },
+    )
     if options.roles.carry is not None and not options.has_aux:
-        raise ValueError("carry_argnum expects has_aux=True: loss_fn returns (loss, (new_carry, rest)).")
+        raise ValueError(
+            "expected has_aux=True with carry_argnum; got False. The loss returns (loss, (new_carry, rest))."
+        )
+    if options.roles.limit is not None and not options.presplit:
+        raise ValueError(
+            "expected presplit=True with count_argnum; got False. It counts the caller's micro-batches."
+        )
     if options.track_noise_scale and not options.return_info:
-        raise ValueError("track_noise_scale expects return_info=True: its estimates come in Info.noise.")
+        raise ValueError(
+            "expected return_info=True with track_noise_scale; got False. Estimates come in Info.noise."
+        )
     needs_each = [name for name in ("skip_nonfinite", "track_noise_scale") if getattr(options, name)]
     if options.in_place and needs_each:
-        raise ValueError(f"in_place=True rules out {needs_each[0]}, which needs each micro-batch's gradient.")
+        raise ValueError(
+            f"expected no {needs_each[0]} with in_place=True; got both. It needs each micro-batch's gradient."
+        )
+    return options

@@ -250,7 +250,7 @@ def test_under_shard_map():
 def test_mistakes_raise():
     x = jnp.ones((4, 3))
     for kind, options, message in [
-        (ValueError, {}, "exactly one of num_microbatches and microbatch_size"),
+        (ValueError, {}, "exactly one of num_microbatches, microbatch_size"),
         (ValueError, {"num_microbatches": 2, "microbatch_size": 2}, "exactly one"),
         (ValueError, {"num_microbatches": 0}, "int >= 1"),
         (TypeError, {"microbatch_size": True}, "int >= 1"),

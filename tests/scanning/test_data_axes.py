@@ -21,6 +21,7 @@ from sharded_problem import (
     make_mesh,
     make_params,
     mean_loss,
+    mean_term,
     micro_batches,
     put,
     run,
@@ -124,11 +125,12 @@ def test_terms_with_their_own_denominators(kind):
         router = optaccum.WeightedMean(
             (routed * batch["x"][:, 1] * params["shift"][0] ** 2).sum(), routed.sum()
         )
-        return {"tokens": _masked_loss(params, batch), "router": router, "plain": mean_loss(params, batch)}
+        plain = mean_term(mean_loss(params, batch), batch)
+        return {"tokens": _masked_loss(params, batch), "router": router, "plain": plain}
 
     def whole(params, batch):
         terms = loss_fn(params, batch)
-        return terms["plain"] + sum(terms[name].total / terms[name].weight for name in ("tokens", "router"))
+        return sum(term.total / term.weight for term in terms.values())
 
     expected = jax.value_and_grad(whole)(make_params(), make_batch())
     assert_trees_close(run(loss_fn, kind), expected, rtol=1e-5, atol=1e-6)
@@ -223,12 +225,52 @@ def test_carry_is_averaged(kind):
     assert np.ptp(np.stack(means), axis=0).min() > 1e-2, "the devices' statistics are the same anyhow"
 
 
-def test_integer_carry():
-    def loss_fn(params, batch, carry):
-        return mean_loss(params, batch), (carry + 1, ())
+@KINDS
+def test_counters_flags_and_keys_of_a_carry_come_back_as_they_are(kind):
+    """Haiku's and Equinox's BatchNorm counters, Keras' seeds; inside a scan over layers too."""
 
-    with pytest.raises(TypeError, match=r"floating carry.*int32.*optaccum\.Sum"):
-        run(loss_fn, args=(jnp.int32(0),), has_aux=True, carry_argnum=2)
+    def loss_fn(params, batch, carry):
+        def layer(state, scale):
+            h, count = state
+            return (h * scale, count + 1), None
+
+        (h, count), _ = jax.lax.scan(layer, (batch["x"].sum(1), carry["count"]), jnp.ones(2))
+        key, own = jax.random.split(carry["key"])
+        drawn = jax.random.fold_in(own, jax.lax.axis_index("data"))  # differs by device; the key does not
+        loss = mean_loss(params, batch) + 0 * h.mean() + 0 * jax.random.normal(drawn)
+        return loss, ({"count": count, "seen": ~carry["seen"], "key": key}, ())
+
+    carry = {"count": jnp.int32(5), "seen": jnp.bool_(False), "key": jax.random.key(0)}
+    (_, (new, _)), _ = run(loss_fn, kind, args=(carry,), has_aux=True, carry_argnum=2, num_microbatches=3)
+    key = carry["key"]
+    for _ in range(3):
+        key = jax.random.split(key)[0]
+    assert_trees_equal(new, {"count": jnp.int32(11), "seen": jnp.bool_(True), "key": key})
+
+
+@pytest.mark.parametrize("what", ["rows", "key"])
+def test_an_integer_of_a_carry_that_differs_by_device_is_refused(what):
+    def loss_fn(params, batch, carry, key):
+        own = (batch["x"] > 0).sum() if what == "rows" else jax.random.randint(key, (), 0, 9)
+        return mean_loss(params, batch), ({"n": carry["n"] + own}, ())
+
+    with pytest.raises(
+        TypeError, match=r"carry\['n'\], of dtype int32.*alike on every device.*optaccum\.Sum"
+    ):
+        run(
+            loss_fn, args=({"n": jnp.int32(0)}, jax.random.key(0)), has_aux=True, carry_argnum=2, key_argnum=3
+        )
+
+
+def test_where_a_device_drops_the_largest_count_of_the_carry_stands():
+    def loss_fn(params, batch, count):
+        return mean_loss(params, batch), (count + 1, ())
+
+    batch = make_batch()
+    batch["x"] = batch["x"].at[0, 0].set(jnp.nan)  # the first device drops one of three
+    options = {"has_aux": True, "carry_argnum": 2, "skip_nonfinite": True, "num_microbatches": 3}
+    (_, (count, _)), _ = run(loss_fn, batch=batch, args=(jnp.int32(0),), **options)
+    assert [int(shard.data) for shard in count.addressable_shards] == [3] * NUM_DEVICES
 
 
 @KINDS

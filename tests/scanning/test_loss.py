@@ -2,11 +2,12 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
 from conftest import assert_trees_close, assert_trees_equal
-from scanning_problem import BATCH, PARAMS, per_example, ratio_loss, token_loss
+from scanning_problem import BATCH, PARAMS, mean_loss, per_example, ratio_loss, token_loss
 
 import optaccum
 
@@ -50,18 +51,18 @@ def test_weights_equal_by_chance_in_one_size_do_not_merge():
     assert_trees_close(actual, expected)
 
 
-def test_terms_that_share_a_weight_share_a_pass():
-    def loss_fn(params, batch, weight_of_second):
+def test_what_skipping_refuses_does_not_depend_on_the_identity_of_a_weight():
+    def loss_fn(params, batch, same):
         tokens = token_loss(params, batch)
-        return {"a": tokens, "b": optaccum.WeightedMean(2 * tokens.total, weight_of_second(tokens.weight))}
+        weight = tokens.weight if same else tokens.weight + 0.0
+        return {"a": tokens, "b": optaccum.WeightedMean(2 * tokens.total, weight)}
 
-    def loops(weight_of_second):
-        grad_fn = optaccum.value_and_grad(
-            functools.partial(loss_fn, weight_of_second=weight_of_second), num_microbatches=7
+    for same in (True, False):
+        grad_fn = optaccum.grad(
+            functools.partial(loss_fn, same=same), num_microbatches=3, skip_nonfinite=True
         )
-        return str(jax.make_jaxpr(grad_fn)(PARAMS, BATCH)).count("length=7")  # the loss scans over one layer
-
-    assert (loops(lambda weight: weight), loops(lambda weight: weight + 0.0)) == (1, 2)
+        with pytest.raises(ValueError, match="loss of one weight"):
+            grad_fn(PARAMS, BATCH)
 
 
 def test_weights_in_a_first_pass_cost_no_forward_where_they_depend_on_the_batch_only():
@@ -76,3 +77,49 @@ def test_weights_in_a_first_pass_cost_no_forward_where_they_depend_on_the_batch_
 
     of_the_batch = products(lambda h, x: (x[:, 0] > 0).sum())
     assert products(lambda h, x: (h[:, 0] > 0).sum()) == of_the_batch + 1
+
+
+@pytest.mark.parametrize(("bare", "in_place"), [(False, True), (False, False), (True, True)])
+def test_traces_do_not_grow_with_n(bare, in_place):
+    """One for each size of micro-batch, one more to find the axes of bare arrays, one more for the carry form."""
+    assert [num_traces(n, bare, in_place) for n in (1, 7, 3)] == [t := 1 + bare + (not in_place), t, 2 * t]
+
+
+def num_traces(n, bare, in_place):
+    count = []
+
+    def loss_fn(params, batch):
+        count.append(1)
+        return mean_loss(params, batch), (batch["mask"] if bare else optaccum.Sum(batch["mask"].sum()))
+
+    grad_fn = optaccum.value_and_grad(loss_fn, num_microbatches=n, has_aux=True, in_place=in_place)
+    for _ in range(2):
+        grad_fn(PARAMS, BATCH)
+    return len(count)
+
+
+def test_the_program_does_not_grow_with_n():
+    def program(n):
+        grad_fn = optaccum.value_and_grad(lambda w, x: jnp.mean(jnp.tanh(x * w)), num_microbatches=n)
+        return jax.jit(grad_fn).lower(1.0, jnp.ones(1024)).as_text()
+
+    assert program(2).count("\n") == program(512).count("\n") < program(3).count("\n")  # of two sizes
+
+
+def test_what_the_loss_closes_over_does_not_leak():
+    def scaled(scale):
+        def loss_fn(w, x):
+            h, _ = jax.lax.scan(lambda h, w: (h * w * scale, None), x, w)
+            return h.mean()
+
+        return optaccum.grad(loss_fn, num_microbatches=2)(jnp.ones(2), jnp.ones(4))
+
+    with jax.checking_leaks():
+        assert jax.jit(scaled)(2.0).tolist() == [4.0, 4.0]
+
+
+def test_a_step_is_traced_once():
+    grad_fn = optaccum.grad(mean_loss, num_microbatches=3)
+    step = jax.jit(chex.assert_max_traces(grad_fn, n=1))
+    params = step(step(PARAMS, BATCH), BATCH)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, PARAMS)

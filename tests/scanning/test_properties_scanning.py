@@ -65,7 +65,7 @@ def terms(params, batch, key, carry):
     return {
         "tokens": loss,
         "routed": routed,
-        "examples": jnp.mean(params["b"].astype(jnp.float32) * batch.y),
+        "examples": optaccum.WeightedMean(jnp.sum(params["b"].astype(jnp.float32) * batch.y), len(batch.y)),
     }, (
         carry,
         aux,

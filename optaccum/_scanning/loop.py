@@ -18,8 +18,8 @@ from optaccum._in_place import references, run_as, why_not_in_place
 from optaccum._loss import Terms, WeightedMean
 from optaccum._noise_scale import squared_norm
 from optaccum._scanning import reductions
+from optaccum._scanning.micro_loss import MicroLoss
 from optaccum._scanning.split import Group
-from optaccum._trace import Traced
 from optaccum._varying import vary, vary_like, varying_axes, zeros_of
 
 PyTree = Any
@@ -31,16 +31,6 @@ class SumOf(NamedTuple):
 
     dtype: Any
     is_max: bool  # their maximum, not their sum
-
-
-class MicroLoss(NamedTuple):
-    """The loss on the micro-batches of one group, traced."""
-
-    traced: Traced  # (diff, micro-batch, key, index, carry) -> (terms, carry, aux)
-    wrap: Callable[
-        ..., tuple[Terms, PyTree, PyTree]
-    ]  # of these three, the same with each leaf of aux in a wrapper
-    structs: tuple[Terms, PyTree, PyTree]  # of what `wrap` returns
 
 
 class Operands(NamedTuple):

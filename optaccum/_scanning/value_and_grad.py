@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaccum._dtypes import AccumulatorDType, check_accumulator_dtype
-from optaccum._scanning.call import by_name, check_function, make_roles, split_call
-from optaccum._scanning.data_axes import as_axes, check_layout, find_mesh
-from optaccum._scanning.split import batch_size_of, check_positive_int, check_split_options, num_and_size_of
-from optaccum._scanning.whole_batch import Options, whole_batch
+from optaccum._dtypes import AccumulatorDType
+from optaccum._scanning.call import by_name, split_call
+from optaccum._scanning.data_axes import check_layout, find_mesh
+from optaccum._scanning.options import make_options
+from optaccum._scanning.split import batch_size_of, num_and_size_of
+from optaccum._scanning.whole_batch import whole_batch
 
 
 def value_and_grad(
@@ -155,52 +156,3 @@ def grad(loss_fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         return results if len(results) > 1 else grads
 
     return without_value
-
-
-def make_options(given: dict[str, Any]) -> Options:
-    """The arguments of `value_and_grad`, checked.
-
-    Raises:
-      ValueError, TypeError: for one that is not what it says, or that rules out another.
-    """
-    given = dict(given)
-    check_function(given.pop("loss_fn"), "loss_fn")
-    for name in ("has_aux", "skip_nonfinite", "presplit", "return_info", "track_noise_scale", "in_place"):
-        if not isinstance(given[name], bool) and not (name == "in_place" and given[name] is None):
-            raise TypeError(f"expected {name} to be True or False; got {given[name]!r}.")
-    names = ("argnums", "batch_argnums", "key_argnum", "carry_argnum", "count_argnum")
-    argnums = {name: given.pop(name) for name in names}
-    if given["grad_reduction_fn"] is not None:
-        check_function(given["grad_reduction_fn"], "grad_reduction_fn")
-    if not isinstance(given["unroll"], bool):
-        check_positive_int(given["unroll"], "unroll")
-    sizes = check_split_options(given["num_microbatches"], given["microbatch_size"], given["presplit"])
-    check_accumulator_dtype(given["accumulator_dtype"])
-    options = Options(
-        roles=make_roles(**argnums),
-        one_argnum=hasattr(argnums["argnums"], "__index__"),
-        **given
-        | {
-            "num_microbatches": sizes[0],
-            "microbatch_size": sizes[1],
-            "data_axes": as_axes(given["data_axes"]),
-        },
-    )
-    if options.roles.carry is not None and not options.has_aux:
-        raise ValueError(
-            "expected has_aux=True with carry_argnum; got False. The loss returns (loss, (new_carry, rest))."
-        )
-    if options.roles.limit is not None and not options.presplit:
-        raise ValueError(
-            "expected presplit=True with count_argnum; got False. It counts the caller's micro-batches."
-        )
-    if options.track_noise_scale and not options.return_info:
-        raise ValueError(
-            "expected return_info=True with track_noise_scale; got False. Estimates come in Info.noise."
-        )
-    needs_each = [name for name in ("skip_nonfinite", "track_noise_scale") if getattr(options, name)]
-    if options.in_place and needs_each:
-        raise ValueError(
-            f"expected no {needs_each[0]} with in_place=True; got both. It needs each micro-batch's gradient."
-        )
-    return options

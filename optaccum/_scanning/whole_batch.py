@@ -7,16 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of
-from optaccum._loss import EXAMPLES, Terms, loss_terms, loss_value, ratio
+from optaccum._dtypes import accumulator_dtype_of
+from optaccum._loss import EXAMPLES, loss_value, ratio
 from optaccum._noise_scale import NoiseEstimates, estimate_noise, squared_norm
 from optaccum._run_if import run_if
 from optaccum._scanning import reductions
-from optaccum._scanning.call import Call, Layout, Roles, fold_in, join_call
+from optaccum._scanning.call import Call, Layout
 from optaccum._scanning.data_axes import carry_across, over_devices, pmax, psum
 from optaccum._scanning.loop import (
     Loop,
-    MicroLoss,
     Operands,
     SumOf,
     Sums,
@@ -24,8 +23,9 @@ from optaccum._scanning.loop import (
     run_loop,
     sum_weights,
 )
+from optaccum._scanning.micro_loss import stop_gradient, trace_loss
+from optaccum._scanning.options import Options
 from optaccum._scanning.split import Group, batch_size_of, resolve_num_microbatches, split
-from optaccum._trace import Traced, trace
 from optaccum._varying import vary, varying_axes
 
 PyTree = Any
@@ -46,25 +46,6 @@ class Info(NamedTuple):
     weight: jax.Array
     num_skipped: jax.Array
     noise: NoiseEstimates | None
-
-
-class Options(NamedTuple):
-    """The options of `value_and_grad`, checked."""
-
-    roles: Roles
-    one_argnum: bool
-    num_microbatches: int | None
-    microbatch_size: int | None
-    has_aux: bool
-    accumulator_dtype: AccumulatorDType
-    skip_nonfinite: bool
-    presplit: bool
-    data_axes: tuple[str, ...]
-    in_place: bool | None
-    grad_reduction_fn: Callable[[tuple[Any, ...], Any], str] | None
-    return_info: bool
-    track_noise_scale: bool
-    unroll: int
 
 
 def whole_batch(
@@ -90,25 +71,18 @@ def _one_device(
     loss_fn: Callable[..., Any], options: Options, layout: Layout, groups: list[Group], call: Call
 ) -> tuple[tuple[jax.Array, PyTree, PyTree, Info], PyTree]:
     """The results from one device's rows; the aux that leads with rows comes separately."""
-    num_rows = max(group.size for group in groups)
     leaves, structure = jax.tree.flatten(call.diff)
     # In someone's own `shard_map`: differentiated as what differs between devices, the sums stay on each device
     # until they have been divided by its weights, and cross devices once.
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves((groups, call))))
+    diff = vary(leaves, axes)
 
-    def call_loss(diff, micro_batch, key, index, carry):
-        """(terms, new carry, aux) of a micro-batch; a plain scalar weighs 1 for the largest."""
-        key = fold_in(key, index)
-        if options.data_axes:
-            key = fold_in(key, lax.axis_index(options.data_axes))
-        diff, carry = jax.tree.unflatten(structure, diff), jax.tree.map(_stop_gradient, carry)
-        args, kwargs = join_call(layout, call._replace(diff=diff, batch=micro_batch, key=key, carry=carry))
-        loss, carry, aux = _unpack(loss_fn(*args, **kwargs), options)
-        return loss_terms(loss, batch_size_of(micro_batch) / num_rows), carry, aux
+    def with_diff(diff):
+        return call._replace(diff=jax.tree.unflatten(structure, diff))
 
-    losses, consts = _trace_loss(call_loss, options, groups, vary(leaves, axes), call.key, call.carry)
+    call_loss, losses, consts = trace_loss(loss_fn, options, layout, groups, with_diff, diff)
     limit = None if layout.roles.limit is None else jnp.clip(call.limit, 0, groups[0].count)
-    operands = Operands(vary(leaves, axes), groups, call.key, call.carry, consts, limit, cotangents=None)
+    operands = Operands(diff, groups, call.key, call.carry, consts, limit, cotangents=None)
     sums_of = _sums_of(options, call.diff[0] if options.one_argnum else call.diff)
     loop = Loop(losses, sums_of, options.skip_nonfinite, options.track_noise_scale, options.unroll)
     in_place = choose_form(options.in_place, loop, operands)
@@ -118,49 +92,13 @@ def _one_device(
     sums, stacked, kept = run_loop(loop, call_loss, operands, in_place)
     if options.data_axes:
         sums = _across(sums, sums_of, options)
-    value, grads, info = _finish(sums, options, sums_of, in_place, num_rows)
+    value, grads, info = _finish(sums, options, sums_of, in_place, max(group.size for group in groups))
     grads = jax.tree.map(_unvary, grads, leaves, [sum_of.is_max for sum_of in sums_of])
     grads = jax.tree.unflatten(structure, grads)
     aux, rows = reductions.finish(sums.aux, stacked, kept, options.data_axes)
     if layout.roles.carry is not None:
         aux, rows = (sums.carry, aux), (None, rows)
     return (value, aux, grads[0] if options.one_argnum else grads, info), rows
-
-
-def _trace_loss(
-    call_loss: Callable[..., tuple[Terms, PyTree, PyTree]],
-    options: Options,
-    groups: list[Group],
-    diff: list[jax.Array],
-    key: PyTree,
-    carry: PyTree,
-) -> tuple[list[MicroLoss], list[list[Any]]]:
-    """Traces the loss for each group's micro-batches, and for twice as many examples where aux has bare arrays.
-
-    What the loss closes over comes apart: it may be traced, and a MicroLoss outlives the trace.
-    """
-    rest = (key, jnp.int32(0), carry)
-    micro_batches = [group.take(0) for group in groups]
-    pairs = [trace(call_loss, diff, micro_batch, *rest) for micro_batch in micro_batches]
-    reductions.check_one_shape([traced.structs[2] for traced, _ in pairs])
-
-    def micro_loss(size, micro_batch, traced):
-        terms, new_carry, aux = traced.structs
-        _check_carry(carry, new_carry)
-        if options.data_axes:
-            _check_alike(traced, terms, new_carry, diff, (micro_batch, key))
-        doubled = None
-        if not options.presplit:
-            doubled = reductions.doubled_shapes(lambda x: call_loss(diff, x, *rest)[2], micro_batch, aux)
-
-        def wrap(terms, carry, aux):
-            return terms, carry, reductions.wrap(aux, size, doubled, mean_allowed=EXAMPLES in terms)
-
-        return MicroLoss(traced, wrap, jax.eval_shape(wrap, *traced.structs))
-
-    traced, consts = zip(*pairs, strict=True)
-    sizes = [group.size for group in groups]
-    return [micro_loss(*each) for each in zip(sizes, micro_batches, traced, strict=True)], list(consts)
 
 
 def _sums_of(options: Options, tree: PyTree) -> list[SumOf]:
@@ -195,7 +133,7 @@ def _cotangents(options: Options, loop: Loop, operands: Operands) -> dict[str, j
             "weight, or drop micro-batches by streaming: optaccum.accumulate(..., "
             "should_skip_update_fn=optax.skip_not_finite)."
         )
-    weights = lax.stop_gradient(sum_weights(loop, jax.tree.map(_stop_gradient, operands)))
+    weights = lax.stop_gradient(sum_weights(loop, jax.tree.map(stop_gradient, operands)))
     weights = lax.psum(weights, options.data_axes) if options.data_axes else weights
     terms, *_ = loop.losses[0].structs
     return {name: ratio(jnp.ones([], terms[name].total.dtype), weight) for name, weight in weights.items()}
@@ -272,51 +210,3 @@ def _unvary(grad: jax.Array, like: jax.Array, is_max: bool) -> jax.Array:
     if not axes:
         return grad
     return pmax(grad, axes) if is_max else psum(grad, axes)
-
-
-def _unpack(out: Any, options: Options) -> tuple[Any, PyTree, PyTree]:
-    """(loss, carry, aux) of what the loss function returned."""
-
-    def pair(x, expected):
-        if not isinstance(x, tuple | list) or len(x) != 2:
-            raise TypeError(f"expected the loss function to return {expected}; got {type(x).__name__}.")
-        return x
-
-    loss, aux = pair(out, "(loss, aux), as has_aux=True says") if options.has_aux else (out, ())
-    if options.roles.carry is None:
-        return loss, (), aux
-    return loss, *pair(aux, "(loss, (new_carry, rest)), as carry_argnum says")
-
-
-def _check_carry(before: PyTree, after: PyTree) -> None:
-    """Raises unless a micro-batch's carry comes back as it went in."""
-    expected, came = jax.tree.structure(before), jax.tree.structure(after)
-    if expected != came:
-        raise TypeError(
-            f"expected the carry that the loss function returns to have the structure that it came with, {expected}; "
-            f"got {came}. Return (new_carry, rest) as aux."
-        )
-    for (path, old), new in zip(
-        jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
-    ):
-        if (old.shape, old.dtype) != (new.shape, new.dtype):
-            raise TypeError(
-                f"expected the carry to keep its shapes and dtypes; carry{jax.tree_util.keystr(path)} came with "
-                f"{old.dtype}{list(old.shape)} and returns as {new.dtype}{list(new.shape)}. Cast it back."
-            )
-
-
-def _check_alike(traced: Traced, terms: Terms, carry: PyTree, diff: PyTree, own: PyTree) -> None:
-    """Raises for a carry's integer, bool or key that devices do not compute alike: from their own rows or keys."""
-    first, start = len(jax.tree.leaves(terms)), len(jax.tree.leaves(diff))
-    stop = start + len(jax.tree.leaves(own))
-    for i, (path, x) in enumerate(jax.tree_util.tree_leaves_with_path(carry), first):
-        if not jnp.issubdtype(x.dtype, jnp.inexact) and any(traced.depends_on(i)[start:stop]):
-            raise TypeError(
-                f"expected carry{jax.tree_util.keystr(path)}, of dtype {x.dtype}, to be alike on every device; "
-                "it depends on the rows, or on key_argnum. Count what a micro-batch brings with optaccum.Sum in aux."
-            )
-
-
-def _stop_gradient(x: Any) -> Any:
-    return lax.stop_gradient(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x

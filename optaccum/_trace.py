@@ -20,6 +20,8 @@ class Traced(NamedTuple):
     has_scan: bool  # over layers, perhaps
     # Index of an output leaf -> for each leaf of the arguments, whether the output is computed from it.
     depends_on: Callable[[int], list[bool]]
+    # (index of an output leaf, of an argument leaf, from the end where negative) -> whether the output is the argument.
+    passes: Callable[[int, int], bool]
 
 
 def trace(fn: Callable[..., Any], *args: PyTree) -> tuple[Traced, list[Any]]:
@@ -36,8 +38,13 @@ def trace(fn: Callable[..., Any], *args: PyTree) -> tuple[Traced, list[Any]]:
         wanted = [i == output for i in range(structure.num_leaves)]
         return partial_eval.dce_jaxpr(jaxpr, wanted)[1][num_consts:]
 
+    def passes(output, argument):
+        source = jaxpr.outvars[output]
+        return stopped.get(id(source), source) is jaxpr.invars[num_consts:][argument]
+
+    stopped = {id(e.outvars[0]): e.invars[0] for e in jaxpr.eqns if e.primitive.name == "stop_gradient"}
     effects = frozenset(str(getattr(effect, "name", type(effect).__name__)) for effect in jaxpr.effects)
-    return Traced(call, structs, effects, _has_scan(jaxpr), depends_on), list(closed.consts)
+    return Traced(call, structs, effects, _has_scan(jaxpr), depends_on, passes), list(closed.consts)
 
 
 def hoisted(closed: Any) -> jex_core.Jaxpr:

@@ -8,12 +8,11 @@ import jax
 from flax import nnx
 
 import optaccum
-from optaccum._scanning.call import Roles, as_indices, check_function, resolve_roles
+from optaccum._scanning.call import Roles, as_indices, check_function, make_roles, resolve_roles
 from optaccum._scanning.data_axes import as_axes
 
 _APPENDED = 2  # positional arguments that the pure form has after the user's: the graph and the carried state
-# How the state that is not differentiated divides: the keys of Rngs, what devices compute alike, the rest.
-_OTHERS = (nnx.RngKey, (nnx.RngState, nnx.Param), ...)
+_BARE = ""  # the name under which the pure form holds a Variable that is itself an argument
 
 # For each NNX object of a call: its place among the leaves of the arguments, and the argnum of which it is a part.
 _Places = tuple[tuple[int, int | None], ...]
@@ -26,6 +25,7 @@ def value_and_grad(
     batch_argnums: int | Sequence[int] = 1,
     has_aux: bool = False,
     key_argnum: int | None = None,
+    count_argnum: int | None = None,
     **options: Any,
 ) -> Callable[..., Any]:
     """`flax.nnx.value_and_grad`, one micro-batch at a time.
@@ -34,8 +34,8 @@ def value_and_grad(
     NNX object among the arguments, threads through the micro-batches in order, and the objects are updated with what
     the last one leaves, as NNX users expect of a call. What the loss sows (`nnx.Intermediate`) ends in the objects as
     the same leaves in aux would come back, in place of what was sown before the call. Python attributes that the loss
-    sets are not kept: keep what changes in an `nnx.Variable`. With `data_axes`, floating state is averaged over the
-    devices, all but parameters, each device draws from its own keys, and counts advance as they would without.
+    sets are not kept: keep what changes in an `nnx.Variable`. With `data_axes`, the floating state that the loss
+    changes is averaged over the devices, each device draws from its own keys, and counts advance as they would without.
 
     Args:
       loss_fn: (model, batch, ...) -> loss, or (loss, aux) with `has_aux`; losses and aux as for
@@ -45,6 +45,7 @@ def value_and_grad(
       batch_argnums: the positional argument or arguments to split.
       has_aux: whether `loss_fn` returns (loss, aux).
       key_argnum: a JAX key, as for :func:`optaccum.value_and_grad`; an `nnx.Rngs` needs no mention.
+      count_argnum: as there.
       **options: the other options of :func:`optaccum.value_and_grad`, but `carry_argnum`: the objects are the carry.
 
     Returns:
@@ -69,32 +70,30 @@ def value_and_grad(
         raise TypeError("expected no carry_argnum: the objects' own state is what is carried.")
     check_function(loss_fn, "loss_fn")
     filters, one_argnum = _filters(argnums), isinstance(argnums, int | nnx.DiffState)
-    keys_at = () if key_argnum is None else as_indices(key_argnum, "key_argnum")
-    roles = Roles(tuple(filters), as_indices(batch_argnums, "batch_argnums"), *keys_at or (None,), carry=None)
-    resolve_roles(roles)
+    roles = make_roles(tuple(filters), batch_argnums, key_argnum, count_argnum=count_argnum)
     data_axes = as_axes(options.get("data_axes"))
 
     def pure_loss_fn(*args, **kwargs):
-        *args, (graphdef, places), (state, same) = args
+        *args, (graphdef, places), (keys, state) = args
         leaves, structure = jax.tree.flatten((tuple(args), kwargs), is_leaf=_is_leaf)
-        params = nnx.State({n: leaves[i] for n, (i, _) in enumerate(places)})
-        keys, constant = same
-        objects = nnx.merge(graphdef, params, _own(keys, data_axes), constant, state, copy=True)
+        params = nnx.State({n: _unbox(leaves[i]) for n, (i, _) in enumerate(places)})
+        objects = nnx.merge(graphdef, params, _own(keys, data_axes), state, copy=True)
         args, kwargs = jax.tree.unflatten(structure, _replace(leaves, places, objects))
         out = loss_fn(*args, **kwargs)
         loss, aux = out if has_aux else (out, ())
         is_diff = _differentiated(filters, places)
         sown = _pop_sown(objects, is_diff)
-        _, *new_states = nnx.split(objects, is_diff, *_OTHERS)
-        _check_same_variables((params, keys, constant, state), new_states)
-        _, new_keys, constant, state = new_states
-        return loss, ((state, (keys if data_axes else new_keys, constant)), (sown, aux))
+        _, *new_states = nnx.split(objects, is_diff, nnx.RngKey, ...)
+        _check_same_variables((params, keys, state), new_states)
+        _, new_keys, new_state = new_states
+        return loss, ((keys if data_axes else new_keys, new_state), (sown, aux))
 
     pure_grad_fn = optaccum.value_and_grad(
         pure_loss_fn,
         argnums=_shift(roles.diff[0]) if one_argnum else tuple(map(_shift, roles.diff)),
         batch_argnums=tuple(map(_shift, roles.batch)),
-        key_argnum=None if roles.key is None else _shift(roles.key),
+        key_argnum=_shift(roles.key),
+        count_argnum=_shift(roles.limit),
         carry_argnum=-1,
         has_aux=True,
         **options,
@@ -106,16 +105,15 @@ def value_and_grad(
         places = _find_objects(args, kwargs, roles)
         objects, is_diff = [leaves[i] for i, _ in places], _differentiated(filters, places)
         _pop_sown(objects, is_diff)
-        graphdef, params, keys, constant, state = nnx.split(objects, is_diff, *_OTHERS)
-        pure = [params.get(n, nnx.State({})) for n in range(len(objects))]
+        graphdef, params, keys, state = nnx.split(objects, is_diff, nnx.RngKey, ...)
+        pure = [_box(params.get(n, nnx.State({}))) for n in range(len(objects))]
         args, kwargs = jax.tree.unflatten(structure, _replace(leaves, places, pure))
-        carry = (state, (keys, constant))
-        (loss, (carry, (sown, aux))), *grads_and_info = pure_grad_fn(
-            *args, (graphdef, places), carry, **kwargs
+        (loss, (carry, (sown, aux))), grads, *info = pure_grad_fn(
+            *args, (graphdef, places), (keys, state), **kwargs
         )
-        state, same = carry
-        nnx.update(objects, state, *same, sown)
-        return ((loss, aux) if has_aux else loss, *grads_and_info)
+        nnx.update(objects, *carry, sown)
+        grads = jax.tree.map(_unbox, grads, is_leaf=_is_leaf)
+        return ((loss, aux) if has_aux else loss, grads, *info)
 
     return grad_fn
 
@@ -182,13 +180,22 @@ def _filters(argnums: Any) -> dict[int, Callable[..., bool]]:
     argnums = (argnums,) if isinstance(argnums, int | nnx.DiffState) else tuple(argnums)
     states = [x if isinstance(x, nnx.DiffState) else nnx.DiffState(x, nnx.Param) for x in argnums]
     indices = as_indices([state.argnum for state in states], "argnums")
-    resolve_roles(Roles(indices, batch=(), key=None, carry=None))
+    resolve_roles(Roles(indices, batch=()))
     return {i: nnx.filterlib.to_predicate(state.filter) for i, state in zip(indices, states, strict=True)}
 
 
-def _shift(argnum: int) -> int:
-    """An argument's index in the pure form's call."""
-    return argnum - _APPENDED if argnum < 0 else argnum
+def _shift(argnum: Any) -> Any:
+    """An argument's index in the pure form's call; None for none."""
+    return argnum if argnum is None or argnum >= 0 else argnum - _APPENDED
+
+
+def _box(x: nnx.State | nnx.Variable) -> nnx.State:
+    """The state of an object as a State, also where the object is a Variable."""
+    return nnx.State({_BARE: x}) if isinstance(x, nnx.Variable) else x
+
+
+def _unbox(x: Any) -> Any:
+    return x[_BARE] if isinstance(x, nnx.State) and _BARE in x else x
 
 
 def _is_leaf(x: Any) -> bool:
@@ -205,10 +212,10 @@ def _find_objects(args: tuple[Any, ...], kwargs: dict[str, Any], roles: Roles) -
         if not _is_leaf(x) or isinstance(x, nnx.State):
             continue
         index = path[1].idx if path[0].idx == 0 else -1  # -1: a keyword argument
-        if index in (*found.batch, found.key):
+        if index in (*found.batch, found.key, found.limit):
             raise TypeError(
-                f"expected arrays at batch_argnums and JAX keys at key_argnum; argument {index} is an NNX "
-                "object. NNX objects, nnx.Rngs too, thread through the micro-batches by themselves."
+                "expected arrays at batch_argnums, JAX keys at key_argnum and a count at count_argnum; argument "
+                f"{index} is an NNX object. NNX objects, nnx.Rngs too, thread through the micro-batches by themselves."
             )
         places.append((i, argnums.get(index)))
     return tuple(sorted(places, key=lambda place: place[1] is None))

@@ -209,6 +209,12 @@ MUTATIONS = [
         "instruments/test_plan.py -k memory",
     ),
     Mutation(
+        "data_axes: what the loss leaves of its carry crosses",
+        "return stopped.get(id(source), source) is jaxpr.invars[num_consts:][argument]",
+        "return False",
+        "scanning/test_data_axes_programs.py -k leaves",
+    ),
+    Mutation(
         "nnx: what objects share is not differentiated",
         "return tuple(sorted(places, key=lambda place: place[1] is None))",
         "return tuple(places)",

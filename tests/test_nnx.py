@@ -162,7 +162,7 @@ def test_across_devices_counts_advance_and_statistics_are_averaged(axis_type):
     assert (key == jax.random.key_data(reference.dropout.rngs.key[...])).all()
 
 
-def test_the_loss_function_is_traced_once_for_all_calls():
+def test_the_loss_function_is_traced_for_the_first_call_alone():
     traces = []
 
     def counted(model, x):

@@ -56,6 +56,30 @@ def test_differentiates_any_arguments(argnums):
         assert jax.tree.structure(grads) != jax.tree.structure(grads[::-1])  # the order can be seen
 
 
+@pytest.mark.parametrize("argnums", [(0, 2), (-3, -1)], ids=str)
+def test_the_callers_micro_batches_as_many_as_there_are(argnums):
+    first, count = argnums
+
+    def counted_loss_fn(model, x, count):
+        model.calls[...] += 1
+        return jnp.mean(model(x) ** 2)
+
+    def make():
+        model = linear(0)
+        model.calls = nnx.Variable(jnp.int32(0))
+        return model
+
+    grad_fn = optaccum.nnx.value_and_grad(
+        counted_loss_fn, argnums=first, batch_argnums=first + 1, count_argnum=count, presplit=True
+    )
+    model, x = make(), X.reshape(4, 2, 4)
+    results = grad_fn(model, x, 3)
+    assert int(model.calls[...]) == 3
+    assert_trees_close(results, nnx.value_and_grad(counted_loss_fn)(make(), X[:6], 3), rtol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_trees_close(results, nnx.value_and_grad(counted_loss_fn)(make(), X, 3), rtol=1e-5)
+
+
 def test_a_keyword_argument_is_no_obstacle():
     *_, towers, scale = arguments()
     grad_fn = optaccum.nnx.value_and_grad(

@@ -101,9 +101,12 @@ def test_frozen_parameters_do_not_cross_devices():
     assert any("f32[4,3]" in line for line in all_reduces(nnx.PathContains("kernel")))
 
 
-@pytest.mark.parametrize("options", [{"key_argnum": 2}, {"batch_argnums": (1, -1)}])
-def test_an_object_is_neither_split_nor_folded(options):
-    grad_fn = optaccum.nnx.value_and_grad(lambda model, x, rngs: 0.0, num_microbatches=2, **options)
+@pytest.mark.parametrize(
+    "options", [{"key_argnum": 2}, {"batch_argnums": (1, -1)}, {"count_argnum": 2, "presplit": True}]
+)
+def test_an_object_is_neither_split_nor_folded_nor_a_count(options):
+    options = options if "presplit" in options else {"num_microbatches": 2} | options
+    grad_fn = optaccum.nnx.value_and_grad(lambda model, x, rngs: 0.0, **options)
     with pytest.raises(TypeError, match=r"argument 2.*thread"):
         grad_fn(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), X, nnx.Rngs(0))
 

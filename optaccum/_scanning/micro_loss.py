@@ -87,6 +87,17 @@ def trace_loss(
     return call_loss, losses, list(consts)
 
 
+def as_it_came(losses: list[MicroLoss], before: PyTree, after: PyTree) -> PyTree:
+    """The new carry, with what the loss hands on untouched as it was before: frozen parameters cross no devices."""
+    old, (new, structure) = jax.tree.leaves(before), jax.tree.flatten(after)
+    first = len(jax.tree.leaves(losses[0].traced.structs[0]))  # behind the terms; among the arguments, last
+
+    def is_untouched(i):
+        return all(loss.traced.passes(first + i, i - len(old)) for loss in losses)
+
+    return structure.unflatten([stop_gradient(old[i]) if is_untouched(i) else x for i, x in enumerate(new)])
+
+
 def _unpack(out: Any, options: Options) -> tuple[Any, PyTree, PyTree]:
     """(loss, carry, aux) of what the loss function returned."""
 

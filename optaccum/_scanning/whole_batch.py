@@ -23,7 +23,7 @@ from optaccum._scanning.loop import (
     run_loop,
     sum_weights,
 )
-from optaccum._scanning.micro_loss import stop_gradient, trace_loss
+from optaccum._scanning.micro_loss import as_it_came, stop_gradient, trace_loss
 from optaccum._scanning.options import Options
 from optaccum._scanning.split import Group, batch_size_of, resolve_num_microbatches, split
 from optaccum._varying import vary, varying_axes
@@ -97,7 +97,7 @@ def _one_device(
     grads = jax.tree.unflatten(structure, grads)
     aux, rows = reductions.finish(sums.aux, stacked, kept, options.data_axes)
     if layout.roles.carry is not None:
-        aux, rows = (sums.carry, aux), (None, rows)
+        aux, rows = (as_it_came(losses, call.carry, sums.carry), aux), (None, rows)
     return (value, aux, grads[0] if options.one_argnum else grads, info), rows
 
 

@@ -112,6 +112,23 @@ def test_terms_take_one_more_for_their_weights():
     assert counts[:2] == ({}, {"all-reduce": 2})
 
 
+@pytest.mark.parametrize("moves", [False, True])
+def test_what_the_loss_leaves_of_its_carry_does_not_cross(moves):
+    mesh, axes = make_mesh(AUTO)
+
+    def loss_fn(params, batch, carry):
+        mean = 0.5 * carry["mean"] + batch["x"].mean()
+        frozen = carry["frozen"] + mean if moves else carry["frozen"]
+        return _scanned(params, batch), ({"frozen": frozen, "mean": mean}, ())
+
+    carry = {"frozen": jax.ShapeDtypeStruct((5, 7), jnp.float32), "mean": jnp.float32(0)}
+    structs = (*_structs(mesh, axes, _scanned), carry)
+    text = _compile(loss_fn, mesh, axes, structs, has_aux=True, carry_argnum=2).as_text()
+    all_reduces = [line for line in text.splitlines() if " all-reduce(" in line]
+    assert all_reduces
+    assert any("f32[5,7]" in line for line in all_reduces) == moves
+
+
 def test_tensor_parallel_collectives_stay_as_they_are():
     def in_loops(data, model, data_axes):
         mesh = jax.make_mesh((data, model), ("data", "model"), axis_types=(AUTO,) * 2)

@@ -24,7 +24,7 @@ from optaccum._scanning.whole_batch import Info as Info
 from optaccum._streaming.accumulate import accumulate as accumulate
 from optaccum._streaming.apply_gradients import apply_gradients as apply_gradients, flush as flush
 from optaccum._streaming.from_multi_steps import from_multi_steps as from_multi_steps
-from optaccum._streaming.schedule import by_weight as by_weight
+from optaccum._streaming.schedule import by_weight as by_weight, until_weight as until_weight
 from optaccum._streaming.state import (
     AccumulateState as AccumulateState,
     has_updated as has_updated,

@@ -1,11 +1,13 @@
-"""Which dtype a sum of gradients is kept in."""
+"""Which dtype a sum of gradients is kept in, and how a pytree is held to the types of another."""
 
+import re
 from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
 AccumulatorDType = DTypeLike | None | Callable[[tuple[Any, ...], Any], DTypeLike | None]
@@ -20,12 +22,12 @@ def check_accumulator_dtype(accumulator_dtype: Any) -> AccumulatorDType:
         dtype = np.dtype(accumulator_dtype)
     except TypeError as error:
         raise TypeError(
-            "accumulator_dtype expects a dtype, None, or a function (path, leaf) -> dtype; "
+            "expected accumulator_dtype to be a dtype, None, or a function (path, leaf) -> dtype; "
             f"got {accumulator_dtype!r}."
         ) from error
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise ValueError(
-            f"accumulator_dtype expects a floating dtype, got {dtype}, which truncates gradients."
+            f"expected accumulator_dtype to be a floating dtype; got {dtype}, which truncates gradients."
         )
     return accumulator_dtype
 
@@ -41,7 +43,7 @@ def accumulator_dtype_of(accumulator_dtype: AccumulatorDType, path: tuple[Any, .
       path: the leaf's key path, as `jax.tree_util.tree_map_with_path` gives it.
       leaf: anything with a dtype.
     """
-    own = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)  # not a weak type's default
+    own = dtype_of(leaf)  # not a weak type's default
     own = cast(Any, jax.dtypes.canonicalize_dtype(own, allow_extended_dtype=True))  # without x64 float32
     if _is_function(accumulator_dtype):
         dtype = cast(Callable[..., Any], accumulator_dtype)(path, leaf)
@@ -73,3 +75,92 @@ def as_summand(x: Any) -> jax.Array:
 
 def _is_function(accumulator_dtype: Any) -> bool:
     return callable(accumulator_dtype) and not isinstance(accumulator_dtype, type)  # jnp.float32 is a type
+
+
+def dtype_of(leaf: Any) -> Any:
+    """The dtype of an array, of a float0 gradient, of a Python number."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def is_numeric(leaf: Any) -> bool:
+    """Whether a leaf is an array, or a number that stands for one; a model's functions and strings are not."""
+    return hasattr(leaf, "dtype") or isinstance(leaf, (int, float, complex))
+
+
+def is_float0(leaf: Any) -> bool:
+    """Whether JAX gave this gradient to an integer, bool or key parameter."""
+    return dtype_of(leaf) == jax.dtypes.float0
+
+
+def as_scalar(name: str, value: Any) -> jax.Array:
+    """`value` as a float32 scalar; raises by `name` where it is no real one."""
+    try:
+        shape, dtype = jnp.shape(value), dtype_of(value)
+    except TypeError as error:
+        raise TypeError(f"expected {name} to be a real scalar; got {type(value).__name__}.") from error
+    if shape != ():
+        raise ValueError(
+            f"expected {name} to be a scalar; got shape {shape}. Reduce it over the micro-batch."
+        )
+    is_real = jnp.issubdtype(dtype, np.number) and not jnp.issubdtype(dtype, jnp.complexfloating)
+    if not is_real and dtype != jnp.bool_:
+        raise TypeError(f"expected {name} to be a real scalar; got dtype {dtype}.")
+    return jnp.asarray(value).astype(jnp.float32)
+
+
+def as_flag(name: str, value: Any) -> jax.Array:
+    """`value` as a bool scalar; raises by `name` where it is none."""
+    if jnp.shape(value) != () or dtype_of(value) != jnp.bool_:
+        raise TypeError(
+            f"expected {name} to be a bool scalar, traced or not; got {value!r}. A comparison makes one."
+        )
+    return jnp.asarray(value)
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """A leaf's key path as messages give it; a node that names no children numbers them."""
+    name = re.sub(r"\[<flat index (\d+)>\]", r", leaf \1", jax.tree_util.keystr(path))
+    return name.removeprefix(", ") or "the root"
+
+
+def keep_avals(new: Any, old: Any, what: str, advice: str = "") -> Any:
+    """`new` with the dtypes, weak types and shardings of `old`; raises where structure or shapes differ.
+
+    A state whose types never change is what a scan's carry, a single trace and a donated buffer need.
+
+    Args:
+      new: a pytree of arrays.
+      old: a pytree of arrays, or of `jax.ShapeDtypeStruct`, of the same structure and shapes.
+      what: what the trees are, for the error message.
+      advice: the way out of another structure.
+    """
+    new_leaves, new_structure = jax.tree.flatten(new)
+    old_leaves, old_structure = jax.tree.flatten_with_path(old)
+    if new_structure != old_structure:
+        raise TypeError(
+            f"expected {what} to keep its structure, {old_structure}; got {new_structure}. {advice}".rstrip()
+        )
+    pairs = zip(new_leaves, old_leaves, strict=True)
+    return old_structure.unflatten(_keep_aval(leaf, was, path, what) for leaf, (path, was) in pairs)
+
+
+def _keep_aval(new: Any, old: Any, path: tuple[Any, ...], what: str) -> Any:
+    if jnp.shape(new) != jnp.shape(old):
+        raise TypeError(
+            f"expected {what} to keep its shapes, {jnp.shape(old)} at {leaf_name(path)}; got {jnp.shape(new)}."
+        )
+    aval = jax.typeof(old)
+    new = jnp.asarray(new)
+    new = new if new.dtype == aval.dtype else new.astype(aval.dtype)  # (a PRNG key has no astype to its own)
+    new = keep_sharding(new, old)
+    if aval.weak_type:
+        # Only an indexed update gives a weakly typed result; XLA drops it, so it costs nothing.
+        return jnp.asarray(old).at[...].set(new)
+    # A PRNG key outside jit has no weak_type of its own.
+    return lax.convert_element_type(new, aval.dtype) if jax.typeof(new).weak_type else new
+
+
+def keep_sharding(new: jax.Array, old: Any) -> jax.Array:
+    """`new` laid out as `old`, where their types show it: along the Explicit axes of a mesh."""
+    sharding = jax.typeof(old).sharding
+    return new if jax.typeof(new).sharding.spec == sharding.spec else jax.sharding.reshard(new, sharding)

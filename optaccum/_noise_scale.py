@@ -90,6 +90,36 @@ def init_noise_state() -> NoiseScaleState:
     return NoiseScaleState(jnp.zeros([], jnp.int32), zero(), NoiseEstimates(zero(), zero()), zero())
 
 
+def add_term(
+    state: NoiseScaleState, first: jax.Array, grads: Any, weight: jax.Array, is_mean: bool
+) -> NoiseScaleState:
+    """The open window's sums with a micro-step's n |g|^2, g being its mean gradient over n.
+
+    Args:
+      state: before it.
+      first: whether it opens the window; shape=(), bool.
+      grads: g, or n g where `is_mean` is False.
+      weight: n, shape=(), float32.
+      is_mean: which of the two.
+    """
+    counts = weight != 0
+    # Masking the scalar rather than the gradient lets XLA reduce what it reads, with no copy in between.
+    sq_norm = jnp.where(counts, squared_norm(grads), 0)
+    term = weight * sq_norm if is_mean else sq_norm / jnp.where(counts, weight, 1)
+    return state._replace(
+        num_terms=jnp.where(first, 0, state.num_terms) + counts.astype(jnp.int32),
+        sq_norm_sum=jnp.where(first, 0, state.sq_norm_sum) + term,
+    )
+
+
+def close_terms(state: NoiseScaleState, grads: Any, weight_sum: jax.Array, is_mean: bool) -> NoiseScaleState:
+    """The moving averages with the window that ends with this mean gradient, or sum where `is_mean` is False."""
+    mean_sq_norm = squared_norm(grads)
+    if not is_mean:
+        mean_sq_norm = mean_sq_norm / jnp.square(weight_sum)
+    return average_in(state, estimate_noise(state.num_terms, state.sq_norm_sum, mean_sq_norm, weight_sum))
+
+
 def average_in(state: NoiseScaleState, estimates: NoiseEstimates) -> NoiseScaleState:
     """The moving averages with one more window; unchanged by a window that says nothing or is not finite."""
     known = jnp.isfinite(estimates.gradient_sq_norm) & jnp.isfinite(estimates.gradient_variance)

@@ -36,13 +36,19 @@ def run_if(predicate: Any, fn: Callable[[Carry], Carry], carry: Carry) -> Carry:
     if not isinstance(predicate, jax.core.Tracer):
         return fn(carry) if predicate else carry
     leaves, treedef = jax.tree.flatten(carry)
-    trace = jax.make_jaxpr(lambda *leaves: treedef.flatten_up_to(fn(treedef.unflatten(leaves))))
-    closed = trace(*leaves)
-    # What replaces the carry may vary over more mesh axes than it does.
-    while any(map(operator.is_not, varied := vary_like(leaves, closed.out_avals), leaves)):
-        leaves, closed = varied, trace(*varied)
+    leaves, closed = _varied_as_it_returns(lambda *x: treedef.flatten_up_to(fn(treedef.unflatten(x))), leaves)
     fn_flat = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(hoisted(closed), ()))
     return treedef.unflatten(_run_jaxpr_if(fn_flat, predicate, leaves, list(closed.consts)))
+
+
+def _varied_as_it_returns(fn: Callable[..., list[Any]], leaves: list[Any]) -> tuple[list[Any], Any]:
+    """The leaves typed as varying over the mesh axes that `fn` makes them vary over, and its jaxpr on those."""
+    while True:
+        closed = jax.make_jaxpr(fn)(*leaves)
+        varied = vary_like(leaves, closed.out_avals)
+        if all(map(operator.is_, varied, leaves)):
+            return leaves, closed
+        leaves = varied
 
 
 def _run_jaxpr_if(

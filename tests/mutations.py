@@ -29,8 +29,8 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     Mutation(
         "streaming: the weight is dropped",
-        "return MicroStep(masked, grads, count, True,",
-        "return MicroStep(masked, grads, jnp.ones([], jnp.float32), True,",
+        "jnp.where(jnp.isfinite(given), given, jnp.nan), True, weight is not None",
+        "jnp.ones([], jnp.float32), True, weight is not None",
         STREAMING,
     ),
     Mutation(
@@ -41,32 +41,56 @@ MUTATIONS = [
     ),
     Mutation(
         "streaming: the window is never reset",
-        "first = state.micro_step == 0",
-        "first = state.gradient_step < 0",
+        "jnp.where(state.micro_step == 0, term, total.astype(wide) + term)",
+        "jnp.where(state.gradient_step < 0, term, total.astype(wide) + term)",
         STREAMING,
     ),
     Mutation(
         "streaming: emits a micro-step early",
-        "full = entered.micro_step >= micro_steps_in_window(",
-        "full = entered.micro_step + 1 >= micro_steps_in_window(",
+        "return micro_step >= every_k",
+        "return micro_step + 1 >= every_k",
         STREAMING,
     ),
     Mutation(
         "streaming: masks by multiplication",
-        "return jnp.where(count != 0, x, jnp.zeros_like(x))",
-        "return x * (count != 0).astype(x.dtype)",
+        "return jnp.where(count.weight != 0, x, jnp.zeros_like(x)) if count.is_given else x",
+        "return x * (count.weight != 0).astype(x.dtype)",
         STREAMING,
     ),
     Mutation(
         "streaming: a skip still adds its weight",
-        "weight_sum=unless_skipped(weight_sum, state.weight_sum),",
+        "weight_sum=_unless(skip, weight_sum, state.weight_sum),",
         "weight_sum=weight_sum,",
-        "streaming/test_non_finite.py",
+        "streaming/test_skip.py",
+    ),
+    Mutation(
+        "streaming: a weight that is not finite stays in the total",
+        "counts = emits & jnp.isfinite(state.weight_sum)",
+        "counts = emits",
+        "streaming/test_skip.py",
+    ),
+    Mutation(
+        "streaming: emit does not end a window",
+        'full = (full | as_flag("emit", emit)) &',
+        "full = full &",
+        "streaming/test_emit.py",
+    ),
+    Mutation(
+        "streaming: what is kept takes the layout of what comes",
+        "return new if jax.typeof(new).sharding.spec == sharding.spec else jax.sharding.reshard(new, sharding)",
+        "return new if sharding else new",
+        "streaming/test_layouts.py",
+    ),
+    Mutation(
+        "flush does not look whether emit is read",
+        "if not _is_read(closed, structs):",
+        "if False:",
+        "streaming/test_flush.py -k reach",
     ),
     Mutation(
         "streaming: the sum is rounded to the gradient's dtype",
-        "total.astype(wide) + term).astype(total.dtype), total)",
-        "total.astype(wide) + term).astype(grad.dtype).astype(total.dtype), total)",
+        "total.astype(wide) + term).astype(total.dtype)",
+        "total.astype(wide) + term).astype(grad.dtype).astype(total.dtype)",
         "test_dtypes.py",
     ),
     Mutation(
@@ -90,8 +114,8 @@ MUTATIONS = [
     ),
     Mutation(
         "streaming: averaged extra args lose their weight",
-        "{key: count * value for key, value in values.items()}",
-        "values",
+        "{name: count.weight * term for name, term in terms.items()}",
+        "terms",
         STREAMING,
     ),
     Mutation(
@@ -104,18 +128,18 @@ MUTATIONS = [
         "streaming: the total weight in one word",
         "rounded, lost = two_sum(high, weight)",
         "rounded, lost = high + weight, jnp.zeros_like(high)",
-        "streaming/test_accumulate_state.py",
+        "streaming/test_state.py",
     ),
     Mutation(
         "flush emits where no window is open",
-        "return close_with_updates(options, state, state.micro_step > 0, like,",
-        "return close_with_updates(options, state, state.micro_step >= 0, like,",
-        "streaming/test_apply_gradients.py",
+        "is_open = inside.micro_step > 0",
+        "is_open = inside.micro_step >= 0",
+        "streaming/test_flush.py",
     ),
     Mutation(
         "noise scale: by the formula for equal weights",
-        "return step.weight * sq_norm if step.scale else sq_norm / jnp.where(counts, step.weight, 1)",
-        "return sq_norm",
+        "term = weight * sq_norm if is_mean else sq_norm / jnp.where(counts, weight, 1)",
+        "term = sq_norm",
         "streaming/test_noise_scale.py",
     ),
     Mutation(

@@ -22,6 +22,7 @@ STREAMING = [
     "flush",
     "from_multi_steps",
     "has_updated",
+    "until_weight",
     "weight_total",
 ]
 SCANNING = [

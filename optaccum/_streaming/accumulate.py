@@ -8,16 +8,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of, check_accumulator_dtype
+from optaccum._dtypes import (
+    AccumulatorDType,
+    accumulator_dtype_of,
+    check_accumulator_dtype,
+    is_numeric,
+)
 from optaccum._noise_scale import init_noise_state
-from optaccum._streaming.schedule import ByWeight, check_every_k
+from optaccum._streaming.schedule import ByWeight, UntilWeight, check_every_k
+from optaccum._streaming.skip import call_skip_fn
 from optaccum._streaming.state import AccumulateState
-from optaccum._streaming.window import Options, call_skip_fn, close_with_updates, enter
+from optaccum._streaming.window import Options, close_with_updates, enter
+
+_CONSUMED = {"weight", "denominator", "emit"}
 
 
 def accumulate(
     inner: optax.GradientTransformation,
-    every_k_schedule: int | Callable[[jax.Array], Any] | ByWeight,
+    every_k_schedule: int | Callable[[jax.Array], Any] | ByWeight | UntilWeight | None,
     *,
     use_grad_mean: bool = True,
     accumulator_dtype: AccumulatorDType = jnp.float32,
@@ -35,14 +43,14 @@ def accumulate(
     the micro-batches. The calls before the k-th return zeros and leave `inner`'s state as it is, without
     evaluating it.
 
-    The transformation's update is `update(grads, state, params=None, *, weight=None, denominator=None,
+    The transformation's update is `update(grads, state, params=None, *, weight=None, denominator=None, emit=None,
     **extra_args)`. `weight`: scalar, what the micro-batch counts in the mean (its examples, or tokens; global
     over devices), where `grads` is of its mean loss. `denominator`: likewise, where `grads` is of its
-    *summed* loss: S = sum of g_i. Both are consumed here. A weight of zero adds nothing, not even a NaN, but
-    counts as a micro-step; a window whose W is 0 ends without running `inner`. Other extra args reach `inner`
-    as the emitting call brings them, unless `averaged_extra_args` names them. A function among them that
-    `inner` evaluates itself (`value_fn` of `optax.lbfgs`) must therefore describe the whole window, not the
-    last micro-batch.
+    *summed* loss: S = sum of g_i. `emit`: bool scalar, whether this micro-step ends its window, whatever k. All three
+    are consumed here. A weight of zero adds nothing, not even a NaN, but counts as a micro-step; a window whose W is 0
+    ends without running `inner`; a weight that is not finite ends with its window. Other extra args reach `inner` as
+    the emitting call brings them, unless `averaged_extra_args` names them: a function that `inner` evaluates itself
+    (`value_fn` of `optax.lbfgs`) must describe the whole window.
 
     Updates have the structure and dtypes that `inner` itself gives for gradients of the incoming dtypes;
     `inner` computes with the accumulator's. A parameter whose gradient is float0 (an integer) stays as it is.
@@ -55,8 +63,9 @@ def accumulate(
     Args:
       inner: any Optax gradient transformation; runs once per window, in place.
       every_k_schedule: k, the micro-steps in a window: an int >= 1; a traceable function of the updates so
-        far (int32, shape=()) to a scalar k, where a traced k below 1 counts as 1; or `optaccum.by_weight`. A window
-        ends at the first micro-step that makes it k or longer, so k may shrink between saving and restoring.
+        far (int32, shape=()) to a scalar k, where a traced k below 1 counts as 1; `optaccum.by_weight` or
+        `optaccum.until_weight`; None where `emit` alone ends a window. A window ends at the first micro-step that makes
+        it k or longer, so k may shrink between saving and restoring.
       use_grad_mean: True hands S / W to `inner`, False hands S. Default: True.
       accumulator_dtype: of S. A dtype is taken exactly for real leaves, but float64 stays float64 and complex
         stays complex; None takes each parameter's own; a function (key path, parameter) -> dtype overrides
@@ -77,7 +86,7 @@ def accumulate(
 
     Raises:
       TypeError: an argument of the wrong type; both `weight` and `denominator`; an averaged extra arg not
-        given.
+        given, nor `emit` where nothing else ends a window.
       ValueError: k < 1; gradients (when updating) that do not match the parameters init was given.
 
     Example:
@@ -106,8 +115,10 @@ def accumulate(
 
 
 def options_of(tx: Any) -> Options | None:
-    """The options of a transformation that `accumulate` made; None for any other."""
+    """The options of a transformation that `accumulate` made, its update jitted perhaps; None for any other."""
     update = getattr(tx, "update", None)
+    while isinstance(update, jax.stages.Wrapped):
+        update = getattr(update, "__wrapped__", None)
     if isinstance(update, functools.partial) and update.func is _update:
         return update.args[0]
     return None
@@ -115,20 +126,23 @@ def options_of(tx: Any) -> Options | None:
 
 def _init(options: Options, params: optax.Params) -> AccumulateState:
     def zero_sum(path, leaf):
+        if not is_numeric(leaf):
+            return None  # nor has it a gradient
         dtype = accumulator_dtype_of(options.accumulator_dtype, path, leaf)
         return jnp.zeros_like(leaf, dtype=dtype)  # with the parameter's sharding
 
-    skip_state = ()
+    grad_sum = jax.tree_util.tree_map_with_path(zero_sum, params)
     gradient_step = jnp.zeros([], jnp.int32)
+    skip_state = ()
     if options.should_skip_update_fn is not None:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        _, skip_state = call_skip_fn(options.should_skip_update_fn, zeros, gradient_step, params)
+        _, skip_state = call_skip_fn(options.should_skip_update_fn, grad_sum, gradient_step, params)
+        skip_state = jax.tree.map(jnp.copy, skip_state)  # a donated state may hold no buffer twice
     return AccumulateState(
         micro_step=jnp.zeros([], jnp.int32),
         gradient_step=gradient_step,
         has_updated=jnp.zeros([], jnp.bool_),
         num_skipped=jnp.zeros([], jnp.int32),
-        grad_sum=jax.tree_util.tree_map_with_path(zero_sum, params),
+        grad_sum=grad_sum,
         weight_sum=jnp.zeros([], jnp.float32),
         inner_state=options.inner.init(params),
         weight_total=jnp.zeros([2], jnp.float32),
@@ -147,33 +161,38 @@ def _update(
     *,
     weight: Any = None,
     denominator: Any = None,
+    emit: Any = None,
     **extra_args: Any,
 ) -> tuple[optax.Updates, AccumulateState]:
     """One micro-step: zero updates, or the inner optimizer's at the end of the window."""
-    state, full = enter(options, updates, state, params, weight, denominator, extra_args)
+    state, full = enter(options, updates, state, params, weight, denominator, emit, extra_args)
     return close_with_updates(options, state, full, updates, params, extra_args)
 
 
 def _checked_inner(inner: Any) -> Any:
     if not callable(getattr(inner, "init", None)) or not callable(getattr(inner, "update", None)):
         raise TypeError(
-            f"accumulate expects an optax.GradientTransformation, such as optax.adamw(1e-3); got {inner!r}."
+            f"expected inner to be an optax.GradientTransformation, such as optax.adamw(1e-3); got {inner!r}."
         )
     return inner
 
 
 def _checked_callable(name: str, fn: Any) -> Any:
     if fn is not None and not callable(fn):
-        raise TypeError(f"{name} expects a function such as optax.skip_not_finite, or None; got {fn!r}.")
+        raise TypeError(
+            f"expected {name} to be a function such as optax.skip_not_finite, or None; got {fn!r}."
+        )
     return fn
 
 
 def _checked_names(names: Any) -> tuple[str, ...]:
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f'averaged_extra_args expects a tuple of names, such as ("value",); got {names!r}.')
-    reserved = {"weight", "denominator"}.intersection(names)
-    if reserved:
+    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f'expected averaged_extra_args to be a tuple of names, such as ("value",); got {names!r}.'
+        )
+    if len(set(names)) < len(names) or not _CONSUMED.isdisjoint(names):
         raise ValueError(
-            f"averaged_extra_args names {sorted(reserved)}, which accumulate consumes to weigh the mean."
+            f"expected averaged_extra_args to name each extra arg once, and none of {sorted(_CONSUMED)}, which "
+            f"accumulate consumes; got {names!r}."
         )
     return tuple(names)

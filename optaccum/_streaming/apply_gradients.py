@@ -1,18 +1,26 @@
 """One call from gradients to parameters; and the end of a window before it is full."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
+from jax.interpreters import partial_eval
 
-from optaccum._avals import keep_avals
+from optaccum._dtypes import is_float0, is_numeric, keep_avals
+from optaccum._run_if import run_if
 from optaccum._streaming.accumulate import options_of
-from optaccum._streaming.check_state import check_is_state
-from optaccum._streaming.inner_update import make_inner_update
-from optaccum._streaming.state import AccumulateState
-from optaccum._streaming.window import close, close_with_updates, enter
+from optaccum._streaming.state import AccumulateState, check_is_state, is_state, states_in
+from optaccum._streaming.window import close, close_with_updates, enter, make_inner_update
+from optaccum._varying import zeros_of
+
+_NOT_REACHED = (
+    "expected tx.update to take zero gradients, weight=0 and emit=True, and to hand them to the optaccum.accumulate in "
+    "it; got one that does not. optax.lookahead and optax.contrib.sam, for two, pass nothing on: fill the window up."
+)
 
 
 def apply_gradients(
@@ -23,6 +31,7 @@ def apply_gradients(
     *,
     weight: jax.typing.ArrayLike | None = None,
     denominator: jax.typing.ArrayLike | None = None,
+    emit: jax.typing.ArrayLike | None = None,
     **extra_args: Any,
 ) -> tuple[optax.Params, optax.OptState]:
     """One micro-step, from gradients to parameters: `tx.update` and `optax.apply_updates` in one.
@@ -41,13 +50,15 @@ def apply_gradients(
       params: the parameters.
       weight: scalar; see `optaccum.accumulate`. Handed to `tx.update` only if given.
       denominator: scalar; likewise.
+      emit: bool scalar; likewise.
       **extra_args: as for `tx.update`.
 
     Returns:
       The new parameters and the new state.
 
     Raises:
-      TypeError, ValueError: as the update of `optaccum.accumulate`; ValueError for no parameters.
+      TypeError, ValueError: as the update of `optaccum.accumulate`; ValueError for no parameters; TypeError for a
+        weight, denominator or emit where there is no `accumulate` in `tx` to take it.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp, optax, optaccum
@@ -63,43 +74,73 @@ def apply_gradients(
       [-2.0, -2.0]
     """
     if params is None:
-        raise ValueError("apply_gradients expects the parameters that it is to update, got None.")
+        raise ValueError("expected params to be the parameters that apply_gradients is to update; got None.")
     options = options_of(tx)
     if options is None or not isinstance(state, AccumulateState):
-        given = {"weight": weight, "denominator": denominator}  # for an `accumulate` inside
-        extra_args |= {name: value for name, value in given.items() if value is not None}
-        updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra_args)
-        return optax.apply_updates(params, updates), state
-    state, full = enter(options, grads, state, params, weight, denominator, extra_args)
-    inner_update, _ = make_inner_update(options.inner, grads, state.inner_state, params, extra_args)
+        given = {"weight": weight, "denominator": denominator, "emit": emit}  # for an `accumulate` inside
+        given = {name: value for name, value in given.items() if value is not None}
+        if given and not states_in(state):
+            raise TypeError(
+                f"expected tx to have an optaccum.accumulate inside, to take {min(given)}=; got a state of "
+                f"{type(state).__name__} that holds none. Leave {min(given)}= out, or wrap the optimizer."
+            )
+        updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **given, **extra_args)
+        return _apply(params, updates), state
+    state, full = enter(options, grads, state, params, weight, denominator, emit, extra_args)
+    inner_update, _ = make_inner_update(options, grads, state, params, extra_args)
 
-    def step_fn(params, inner_state, gradient, averages):
-        updates, inner_state = inner_update(gradient, inner_state, params, averages)
-        return keep_avals(optax.apply_updates(params, updates), params, "the parameters"), inner_state
+    def moves(grad, param):
+        return None if grad is None or is_float0(grad) else param
 
-    return close(options, state, full, params, step_fn)
+    moving = jax.tree.map(moves, grads, params, is_leaf=lambda g: g is None)
+
+    def step_fn(moving, inner_state, gradient, averages):
+        updates, inner_state = inner_update(gradient, inner_state, _join(moving, params), averages)
+        return keep_avals(_apply(moving, updates), moving, "the parameters"), inner_state
+
+    moved, state = close(options, state, full, moving, step_fn)
+    return _join(moved, params), state
+
+
+def _apply(params: optax.Params, updates: optax.Updates) -> optax.Params:
+    """`optax.apply_updates`, for which parameters without an update may be anything."""
+
+    def apply(update, param):
+        if update is None or param is None:
+            return param
+        return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
+
+    return jax.tree.map(apply, updates, params, is_leaf=lambda u: u is None)
+
+
+def _join(some: optax.Params, params: optax.Params) -> optax.Params:
+    """`params` with those of `some` that are not None."""
+    return jax.tree.map(lambda a, p: p if a is None else a, some, params, is_leaf=lambda a: a is None)
 
 
 def flush(
-    tx: optax.GradientTransformation, state: AccumulateState, params: optax.Params, **extra_args: Any
-) -> tuple[optax.Updates, AccumulateState]:
+    tx: optax.GradientTransformation, state: optax.OptState, params: optax.Params, **extra_args: Any
+) -> tuple[optax.Updates, optax.OptState]:
     """Ends an open window now, with what is in it: for the last, shorter window of an epoch.
 
+    It is a call of `tx.update` with `emit=True` and zero gradients of no weight, where a window is open: all else in
+    `tx`, before, behind or beside the `accumulate`, gets that call too. Where none is open nothing is called.
+
     Args:
-      tx: a transformation that `optaccum.accumulate` made.
-      state: its state.
+      tx: a transformation that `optaccum.accumulate` made, or one with some inside (`optax.chain`, `optax.partition`).
+      state: its state; that of a `flax.nnx.Optimizer` too.
       params: the parameters.
-      **extra_args: for `inner`. Those in `averaged_extra_args` need not be given: the window's averages
+      **extra_args: for `tx.update`. Those in `averaged_extra_args` need not be given: the window's averages
         count.
 
     Returns:
       The updates, of the dtypes that gradients of the parameters' dtypes give, and the state. The gradient
-      sum is divided by the weight in the window. Where none is open, or its weight is zero, the updates are
+      sum is divided by the weight in the window. Where none is open, or its weight is zero, `accumulate`'s updates are
       exact zeros and `inner` does not run.
 
     Raises:
-      TypeError: `tx` is not made by `optaccum.accumulate` (a chain around one is not), the state is not of one, or a
-        weight is given.
+      TypeError: the state holds none of `optaccum.accumulate`; `emit` does not reach it, since something in `tx`
+        passes no extra args on (`optax.lookahead`, `optax.contrib.sam`); a weight is given.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaccum
@@ -112,26 +153,84 @@ def flush(
       >>> updates.tolist()
       [-2.0, -2.0]
     """
-    options = options_of(tx)
-    if options is None:
+    if given := {"weight", "denominator", "emit"} & extra_args.keys():
         raise TypeError(
-            f"flush expects a transformation that optaccum.accumulate made, got {type(tx).__name__}. Of a chain, flush "
-            "the accumulate in it."
+            f"expected no {min(given)}; got one. flush ends the window, and divides by what it holds."
         )
-    check_is_state(state)
-    for name in ("weight", "denominator"):
-        if name in extra_args:
-            raise TypeError(f"flush takes no {name}: it divides by what the window holds.")
-    unseen = {name: jnp.zeros([], jnp.float32) for name in options.averaged_extra_args}
-    like = _gradients_like(params)
-    return close_with_updates(options, state, state.micro_step > 0, like, params, unseen | extra_args)
+    options, states = options_of(tx), states_in(state)
+    if not states or options is not None:
+        check_is_state(state)
+    leaves, structure = jax.tree.flatten(state)
+    inside: Any = state
+    if not isinstance(states[0].micro_step, (jax.Array, np.ndarray)):  # a flax.nnx.Optimizer wraps the leaves
+        inside = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(tx.init, params)), leaves)
+    unseen = {name: jnp.zeros([], jnp.float32) for s in states for name in dict(s.extra_sums)}
+    extra_args = unseen | extra_args
+    if options is not None:
+        grads = jax.tree.map(_struct_of_gradient, inside.grad_sum, params, is_leaf=lambda x: x is None)
+        is_open = inside.micro_step > 0
+        updates, inside = close_with_updates(options, inside, is_open, grads, params, extra_args)
+    else:
+        updates, inside = _flush_inside(tx, inside, params, extra_args)
+    return updates, jax.tree.unflatten(structure, jax.tree.leaves(inside))
 
 
-def _gradients_like(params: optax.Params) -> optax.Updates:
-    """Zeros of the dtypes that `jax.grad` gives for these parameters."""
+def _flush_inside(
+    tx: optax.GradientTransformation, state: optax.OptState, params: optax.Params, extra_args: dict[str, Any]
+) -> tuple[optax.Updates, optax.OptState]:
+    """`flush` by a call with `emit`, where a window is open."""
 
-    def zeros(leaf):
-        is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-        return jnp.zeros_like(leaf) if is_float else np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+    def end(emit, state):
+        grads = jax.tree.map(_zero_gradient, params)
+        weight = jnp.zeros([], jnp.float32)
+        updates, state = optax.with_extra_args_support(tx).update(
+            grads, state, params, weight=weight, emit=emit, **extra_args
+        )
+        return jax.tree.map(lambda u: lax.convert_element_type(u, jnp.result_type(u)), updates), state
 
-    return jax.tree.map(zeros, params)
+    try:
+        closed, structs = jax.make_jaxpr(end, return_shape=True)(True, state)
+    except Exception as error:
+        raise TypeError(f"{_NOT_REACHED} Its update says: {error}") from error
+    if not _is_read(closed, structs):
+        raise TypeError(_NOT_REACHED)
+
+    def end_once(carry):
+        updates, new_state = end(True, carry[1])
+        return updates, keep_avals(new_state, carry[1], "the optimizer's state")
+
+    def not_updated(node):
+        return node._replace(has_updated=jnp.zeros_like(node.has_updated)) if is_state(node) else node
+
+    is_open = functools.reduce(jnp.logical_or, [s.micro_step > 0 for s in states_in(state)])
+    state = jax.tree.map(not_updated, state, is_leaf=is_state)
+    return run_if(is_open, end_once, (zeros_of(structs[0]), state))
+
+
+def _is_read(closed: Any, structs: Any) -> bool:
+    """Whether each `has_updated` among the outputs of a jaxpr depends on its first input."""
+    flags = {id(s.has_updated) for s in states_in(structs)}
+    outputs = [id(leaf) in flags for leaf in jax.tree.leaves(structs)]
+    used = [
+        partial_eval.dce_jaxpr(closed.jaxpr, [i == j for j in range(len(outputs))])[1][0]
+        for i, is_flag in enumerate(outputs)
+        if is_flag
+    ]
+    return all(used)
+
+
+def _zero_gradient(param: Any) -> Any:
+    """What `jax.grad` would give for this parameter."""
+    if not is_numeric(param):
+        return None
+    if jnp.issubdtype(jnp.result_type(param), jnp.inexact):
+        return jnp.zeros_like(param)
+    return np.zeros(jnp.shape(param), jax.dtypes.float0)
+
+
+def _struct_of_gradient(total: Any, param: Any) -> Any:
+    if total is None:
+        return None
+    dtype = jnp.result_type(param)
+    is_float = jnp.issubdtype(dtype, jnp.inexact)
+    return jax.ShapeDtypeStruct(total.shape, dtype if is_float else jax.dtypes.float0)

@@ -6,12 +6,10 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from optaccum._dtypes import accumulator_dtype_of, at_least_float32
 from optaccum._noise_scale import init_noise_state
 from optaccum._streaming.accumulate import options_of
-from optaccum._streaming.schedule import micro_steps_in_window
 from optaccum._streaming.state import AccumulateState, add_to_total
 from optaccum._streaming.window import Options
 
@@ -28,8 +26,8 @@ def from_multi_steps(tx: optax.GradientTransformation, state: optax.MultiStepsSt
       state: the `optax.MultiStepsState`.
 
     Returns:
-      The state for `tx`. Each micro-step so far counts with weight 1, those already emitted as the schedule
-      has them. With `accumulator_dtype=None` the sum keeps MultiSteps' dtype. A window that is open stays out
+      The state for `tx`. Each micro-step so far counts with weight 1, but `weight_total` starts from 0 where k is a
+      function. With `accumulator_dtype=None` the sum keeps MultiSteps' dtype. A window that is open stays out
       of the noise scale.
 
     Raises:
@@ -49,15 +47,15 @@ def from_multi_steps(tx: optax.GradientTransformation, state: optax.MultiStepsSt
     options = options_of(tx)
     if options is None or not isinstance(state, optax.MultiStepsState):
         raise TypeError(
-            "from_multi_steps expects a transformation that optaccum.accumulate made and an "
-            f"optax.MultiStepsState; got {type(tx).__name__} and {type(state).__name__}."
+            "expected a transformation that optaccum.accumulate made and an optax.MultiStepsState; got "
+            f"{type(tx).__name__} and {type(state).__name__}."
         )
     micro_step = jnp.asarray(state.mini_step, jnp.int32)
     gradient_step = jnp.asarray(state.gradient_step, jnp.int32)
     if options.averaged_extra_args and not isinstance(micro_step, jax.core.Tracer) and micro_step > 0:
         raise ValueError(
-            f"the MultiSteps state is {int(micro_step)} micro-steps into a window, whose "
-            f"{options.averaged_extra_args} it does not keep: convert it after an update, or leave out "
+            f"expected a MultiSteps state between windows, since it keeps no {options.averaged_extra_args}; got one "
+            f"{int(micro_step)} micro-steps into a window. Convert it after an update, or leave out "
             "averaged_extra_args."
         )
     weight_sum = micro_step.astype(jnp.float32)
@@ -67,6 +65,7 @@ def from_multi_steps(tx: optax.GradientTransformation, state: optax.MultiStepsSt
         wide = total.astype(at_least_float32(dtype))
         return (wide * weight_sum.astype(wide.dtype) if options.use_grad_mean else wide).astype(dtype)
 
+    k = options.every_k if isinstance(options.every_k, int) else 0
     noise_state = ()
     if options.track_noise_scale:  # NaN: the open window's norms are not known, so it will not count
         noise_state = init_noise_state()._replace(sq_norm_sum=jnp.full([], jnp.nan, jnp.float32))
@@ -78,21 +77,11 @@ def from_multi_steps(tx: optax.GradientTransformation, state: optax.MultiStepsSt
         grad_sum=jax.tree_util.tree_map_with_path(grad_sum, state.acc_grads),
         weight_sum=weight_sum,
         inner_state=state.inner_opt_state,
-        weight_total=_micro_steps_emitted(options, gradient_step),
+        weight_total=add_to_total(jnp.zeros([2], jnp.float32), (gradient_step * k).astype(jnp.float32)),
         extra_sums={name: jnp.zeros([], jnp.float32) for name in options.averaged_extra_args} or (),
         skip_state=_skip_state(options, state),
         noise_state=noise_state,
     )
-
-
-def _micro_steps_emitted(options: Options, gradient_step: jax.Array) -> jax.Array:
-    """The weight in `gradient_step` windows, one for each micro-step, in two float32 words."""
-
-    def add_window(step, total):
-        k = micro_steps_in_window(options.every_k, step, total[0])
-        return add_to_total(total, jnp.ceil(jnp.asarray(k, jnp.float32)))
-
-    return lax.fori_loop(jnp.int32(0), gradient_step, add_window, jnp.zeros([2], jnp.float32))
 
 
 def _skip_state(options: Options, state: optax.MultiStepsState) -> Any:

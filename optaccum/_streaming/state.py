@@ -1,14 +1,18 @@
 """The state of streaming accumulation, and what can be asked of it."""
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of, dtype_of, leaf_name
 from optaccum._noise_scale import NoiseScaleState
+
+ADVICE = "Restore it with the options that it was saved with, or start from init."
 
 
 class AccumulateState(NamedTuple):
@@ -91,10 +95,11 @@ def has_updated(opt_state: Any) -> jax.Array:
       >>> emitted
       [False, True, False, True]
     """
-    states = find_states(opt_state)
-    for state in states:  # it grows: windows of windows
-        states += states_in(state.inner_state)
-    return functools.reduce(jnp.logical_and, [state.has_updated for state in states], jnp.bool_(True))
+    find_states(opt_state)
+    flags = [flag for _, flag in optax.tree_utils.tree_get_all_with_path(opt_state, "has_updated")]
+    return functools.reduce(
+        jnp.logical_and, map(jnp.asarray, flags)
+    )  # without a constant, which eager calls transfer
 
 
 def weight_total(opt_state: Any) -> float:
@@ -128,14 +133,104 @@ def find_states(opt_state: Any) -> list[AccumulateState]:
     states = states_in(opt_state)
     if not states:
         raise ValueError(
-            "expected an optimizer state that holds an optaccum.AccumulateState, found none in a "
-            f"{type(opt_state).__name__}; pass the state of a transformation that optaccum.accumulate made, "
-            "or any pytree with one inside."
+            "expected an optimizer state that holds an optaccum.AccumulateState; got one that does not, "
+            f"{type(opt_state).__name__}. {_way_out(opt_state)}"
         )
     return states
 
 
 def states_in(tree: Any) -> list[AccumulateState]:
     """Every `AccumulateState` in a pytree, except those inside another."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, AccumulateState))
-    return [leaf for leaf in leaves if isinstance(leaf, AccumulateState)]
+    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_state) if is_state(leaf)]
+
+
+def is_state(node: Any) -> TypeGuard[AccumulateState]:
+    """Whether it is a state of `optaccum.accumulate`."""
+    return isinstance(node, AccumulateState)
+
+
+# Whether a state, restored perhaps, is one of this transformation; and whether gradients fit it.
+
+
+def check_is_state(state: Any) -> None:
+    """Raises, with the way out, for what is no state of `optaccum.accumulate`."""
+    if not is_state(state):
+        raise TypeError(
+            f"expected the state to be an optaccum.AccumulateState; got {type(state).__name__}. {_way_out(state)}"
+        )
+
+
+def _way_out(state: Any) -> str:
+    if isinstance(state, optax.MultiStepsState):
+        return "optaccum.from_multi_steps goes on from it."
+    if states_in(state):
+        return (
+            "It holds one: update, or flush, the whole transformation that it belongs to, or that one alone."
+        )
+    if _is_restored_bare(state):
+        return "It was restored without its types: give the checkpointer tx.init(params) as the template to restore."
+    return "Pass what this transformation's init, or its last call, returned; (grads, state, params) is the order."
+
+
+def _is_restored_bare(tree: Any) -> bool:
+    """Whether a checkpointer gave dicts and lists where an `AccumulateState` was saved."""
+    nodes = [tree]
+    for node in nodes:  # it grows
+        if isinstance(node, Mapping):
+            if {"micro_step", "grad_sum"} <= node.keys():
+                return True
+            nodes += node.values()
+        elif isinstance(node, (list, tuple)):
+            nodes += node
+    return False
+
+
+def check_state(
+    state: AccumulateState,
+    accumulator_dtype: AccumulatorDType,
+    averaged_extra_args: tuple[str, ...],
+    track_noise_scale: bool,
+) -> None:
+    """Raises, by name, where a state lacks what an option keeps, or would round what it adds up."""
+    names, kept = sorted(averaged_extra_args), sorted(dict(state.extra_sums))
+    if names != kept:
+        raise ValueError(f"expected a state with averaged_extra_args={names}; got one with {kept}. {ADVICE}")
+    if track_noise_scale and not isinstance(state.noise_state, NoiseScaleState):
+        raise ValueError(f"expected a state with track_noise_scale=True; got one without. {ADVICE}")
+    for path, total in jax.tree.leaves_with_path(state.grad_sum):
+        if accumulator_dtype is None or not jnp.issubdtype(total.dtype, jnp.floating):
+            continue
+        expected = accumulator_dtype_of(accumulator_dtype, path, total)
+        if jnp.finfo(total.dtype).bits < jnp.finfo(expected).bits:
+            raise ValueError(
+                f"expected grad_sum at {leaf_name(path)} to be {expected}, by accumulator_dtype; got {total.dtype}. "
+                f"{ADVICE}"
+            )
+
+
+def check_gradients(grads: optax.Updates, grad_sum: optax.Updates) -> None:
+    """Raises, naming the leaf, where the gradients are not shaped as the parameters that init was given."""
+    if jax.tree.structure(grads) != jax.tree.structure(grad_sum):
+        try:  # JAX names the node that differs
+            jax.tree.map(lambda *_: None, grad_sum, grads)
+            jax.tree.map(lambda *_: None, grads, grad_sum)
+        except ValueError as error:
+            error.add_note(
+                "The gradients do not match the state that init made from the parameters: pass a gradient for each of "
+                "them, or initialise with those that have one."
+            )
+            raise
+    totals = jax.tree.leaves(grad_sum)
+    for (path, grad), total in zip(jax.tree.leaves_with_path(grads), totals, strict=True):
+        if jnp.shape(grad) != total.shape:
+            raise ValueError(
+                f"expected the gradient at {leaf_name(path)} to have the state's shape {total.shape}; got "
+                f"{jnp.shape(grad)}. Pass gradients of the parameters that init was given."
+            )
+        dtype = dtype_of(grad)
+        if jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(total):
+            raise ValueError(
+                f"expected the gradient at {leaf_name(path)} to be real, as its accumulator, {total.dtype}; got "
+                f"{dtype}. Initialise with complex parameters, or let accumulator_dtype be a function that "
+                "returns a complex dtype for this leaf."
+            )

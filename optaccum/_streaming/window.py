@@ -1,10 +1,11 @@
 """The window of micro-steps: how a gradient enters it, and what happens when it is full.
 
-`accumulate`'s update, `apply_gradients` and `flush` are all made of these two steps. Nothing is ever
-multiplied by a mask (0 * NaN is NaN): what does not count is replaced by zero, and a window starts by
-overwriting the last sums.
+A micro-step is two calls. `enter`: check, weigh, add. `close`: divide, run the inner optimizer once. Nothing is ever
+multiplied by a mask (0 * NaN is NaN): what does not count is replaced by zero, and a window starts by overwriting the
+last sums.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,28 +14,54 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optaccum._avals import keep_avals
-from optaccum._dtypes import AccumulatorDType, at_least_float32
-from optaccum._noise_scale import NoiseScaleState, average_in, estimate_noise, squared_norm
+from optaccum._dtypes import (
+    AccumulatorDType,
+    as_flag,
+    as_scalar,
+    at_least_float32,
+    dtype_of,
+    is_float0,
+    keep_avals,
+    keep_sharding,
+)
+from optaccum._noise_scale import NoiseScaleState, add_term, close_terms
 from optaccum._run_if import run_if
-from optaccum._streaming.check_state import ADVICE, check_is_state, check_state
-from optaccum._streaming.inner_update import make_inner_update
-from optaccum._streaming.micro_step import MicroStep, make_micro_step
-from optaccum._streaming.non_finite import cheaper
-from optaccum._streaming.schedule import EveryK, micro_steps_in_window
-from optaccum._streaming.state import AccumulateState, add_to_total, two_sum
+from optaccum._streaming.schedule import EveryK, is_full
+from optaccum._streaming.skip import should_skip
+from optaccum._streaming.state import (
+    ADVICE,
+    AccumulateState,
+    add_to_total,
+    check_gradients,
+    check_is_state,
+    check_state,
+    two_sum,
+)
+from optaccum._varying import zeros_of
 
 
 class Options(NamedTuple):
     """The arguments of `optaccum.accumulate`, checked."""
 
     inner: optax.GradientTransformationExtraArgs
-    every_k: EveryK
+    every_k: EveryK | None
     use_grad_mean: bool
     accumulator_dtype: AccumulatorDType
     should_skip_update_fn: Callable[..., Any] | None
     averaged_extra_args: tuple[str, ...]
     track_noise_scale: bool
+
+
+class Count(NamedTuple):
+    """What a micro-step counts for."""
+
+    weight: jax.Array  # shape=(), float32: the weight or the denominator; NaN for any that is not finite
+    is_given: bool  # False: it is 1
+    scales: bool  # the gradient is of a mean loss: still to be multiplied by it
+    extra_terms: dict[str, jax.Array]  # each shape=(), float32: what averaged extra args add to their sums
+
+
+# Enter: check, weigh, add.
 
 
 def enter(
@@ -44,54 +71,128 @@ def enter(
     params: optax.Params | None,
     weight: Any,
     denominator: Any,
+    emit: Any,
     extra_args: dict[str, Any],
 ) -> tuple[AccumulateState, jax.Array]:
-    """The state with this micro-step in its window, and whether the window is full now; shape=(), bool."""
+    """The state with this micro-step in its window, and whether the window ends with it; shape=(), bool."""
     check_is_state(state)
-    step = make_micro_step(
-        grads, state.grad_sum, params, weight, denominator, options.averaged_extra_args, extra_args
-    )
+    check_gradients(grads, state.grad_sum)
     check_state(state, options.accumulator_dtype, options.averaged_extra_args, options.track_noise_scale)
-    skip, skip_state = _skip(options, step, state, params)
-    first = state.micro_step == 0
-
-    def unless_skipped(new, old):
-        return new if skip is None else jnp.where(skip, old, new)
-
-    def add(total, term):
-        return unless_skipped(jnp.where(first, term, total + term), total)
-
-    def add_gradient(total, grad):
-        wide = at_least_float32(total.dtype)
-        term = grad.astype(wide) * step.weight.astype(wide) if step.scale else grad.astype(wide)
-        return unless_skipped(jnp.where(first, term, total.astype(wide) + term).astype(total.dtype), total)
+    count = weigh(options, weight, denominator, extra_args)
+    came = _as_arrays(grads, state.grad_sum, params)
+    grads = jax.tree.map(lambda g: where_counted(count, g), came)
+    skip, skip_state = should_skip(
+        options.should_skip_update_fn, grads, count.weight if count.is_given else None, state, params
+    )
+    entered, full = add_count(options, state, count, emit, skip)
 
     noise_state = state.noise_state
     if isinstance(noise_state, NoiseScaleState):
-        noise_state = noise_state._replace(
-            num_terms=add(noise_state.num_terms, (step.weight != 0).astype(jnp.int32)),
-            sq_norm_sum=add(noise_state.sq_norm_sum, _weighted_sq_norm(step)),
+        noise_state = add_term(noise_state, state.micro_step == 0, came, count.weight, count.scales)
+
+    def add_gradient(total, grad):
+        wide = at_least_float32(total.dtype)
+        term = grad.astype(wide) * count.weight.astype(wide) if count.scales else grad.astype(wide)
+        added = jnp.where(state.micro_step == 0, term, total.astype(wide) + term).astype(total.dtype)
+        return _unless(skip, added, total)
+
+    return entered._replace(
+        grad_sum=jax.tree.map(add_gradient, state.grad_sum, grads),
+        skip_state=skip_state,
+        noise_state=jax.tree.map(functools.partial(_unless, skip), noise_state, state.noise_state),
+    ), full
+
+
+def weigh(options: Options, weight: Any, denominator: Any, extra_args: dict[str, Any]) -> Count:
+    """What the micro-step counts for; where its weight is zero, so is all that it adds."""
+    if weight is not None and denominator is not None:
+        raise TypeError(
+            "expected weight= (grads of the micro-batch's mean loss) or denominator= (grads of its summed loss); got "
+            "both. Leave out the one that does not describe the loss."
         )
-    weight_sum, lost = two_sum(jnp.where(first, 0, state.weight_sum), step.weight)
-    lost = unless_skipped(lost, jnp.zeros_like(lost))
-    extra_sums = {name: add(total, step.extra_terms[name]) for name, total in dict(state.extra_sums).items()}
+    values = {name: _averaged(name, extra_args) for name in options.averaged_extra_args}
+    if weight is None and denominator is None:
+        return Count(jnp.ones([], jnp.float32), False, False, values)
+    given = as_scalar("weight", weight) if denominator is None else as_scalar("denominator", denominator)
+    count = Count(jnp.where(jnp.isfinite(given), given, jnp.nan), True, weight is not None, {})
+    terms = {name: where_counted(count, value) for name, value in values.items()}
+    if count.scales:
+        terms = {name: count.weight * term for name, term in terms.items()}
+    return count._replace(extra_terms=terms)
+
+
+def where_counted(count: Count, x: jax.Array) -> jax.Array:
+    """`x`, or zeros for a micro-step of no weight: not even a NaN of it gets in."""
+    return jnp.where(count.weight != 0, x, jnp.zeros_like(x)) if count.is_given else x
+
+
+def add_count(
+    options: Options, state: AccumulateState, count: Count, emit: Any, skip: jax.Array | None
+) -> tuple[AccumulateState, jax.Array]:
+    """`enter` for all but the gradients: the counters and the scalar sums; and whether the window ends."""
+    first = state.micro_step == 0
+
+    def add(total, term):
+        return _unless(skip, jnp.where(first, term, total + term), total)
+
+    weight_sum, lost = two_sum(jnp.where(first, 0, state.weight_sum), count.weight)
+    lost = jnp.where(jnp.isfinite(lost), _unless(skip, lost, jnp.zeros_like(lost)), 0)
+    extra_sums = {name: add(total, count.extra_terms[name]) for name, total in dict(state.extra_sums).items()}
+    num_skipped = state.num_skipped
+    if skip is not None:
+        num_skipped = jnp.where(skip, optax.safe_increment(num_skipped), num_skipped)
     entered = state._replace(
-        micro_step=unless_skipped(optax.safe_increment(state.micro_step), state.micro_step),
-        grad_sum=jax.tree.map(add_gradient, state.grad_sum, step.grads),
-        weight_sum=unless_skipped(weight_sum, state.weight_sum),
+        micro_step=_unless(skip, optax.safe_increment(state.micro_step), state.micro_step),
+        num_skipped=num_skipped,
+        weight_sum=_unless(skip, weight_sum, state.weight_sum),
         weight_total=state.weight_total + jnp.stack([jnp.zeros_like(lost), lost]),
         extra_sums=extra_sums or (),
-        skip_state=skip_state,
-        noise_state=noise_state,
     )
-    full = entered.micro_step >= micro_steps_in_window(
-        options.every_k, state.gradient_step, state.weight_total[0]
-    )
-    if skip is not None:
-        full = full & ~skip
-        num_skipped = jnp.where(skip, optax.safe_increment(state.num_skipped), state.num_skipped)
-        entered = entered._replace(num_skipped=num_skipped)
+    full = is_full(options.every_k, entered.micro_step, entered.weight_sum, state)
+    full = full if skip is None else full & ~skip
+    if emit is not None:  # which ends no window where a skipped micro-step opened none
+        full = (full | as_flag("emit", emit)) & (entered.micro_step > 0)
+    elif options.every_k is None:
+        raise TypeError(
+            "expected emit= at every call, since every_k_schedule is None; got none. Pass emit=True with the last "
+            "micro-step of a window and emit=False with the others."
+        )
     return entered, full
+
+
+def _unless(skip: jax.Array | None, new: Any, old: jax.Array) -> jax.Array:
+    return new if skip is None else jnp.where(skip, old, new)
+
+
+def _as_arrays(grads: optax.Updates, grad_sum: optax.Updates, params: optax.Params | None) -> optax.Updates:
+    """The gradients laid out as their sums; zeros of the parameter's dtype for those that are float0."""
+
+    def as_array(grad, total, param):
+        return _zero_of(grad, param) if is_float0(grad) else keep_sharding(jnp.asarray(grad), total)
+
+    return jax.tree.map(as_array, grads, grad_sum, _beside(grads, params))
+
+
+def _beside(grads: optax.Updates, params: optax.Params | None) -> optax.Params:
+    """The parameters that have a gradient; the others, which need not be arrays, are None."""
+    if params is None:
+        return jax.tree.map(lambda _: None, grads)
+    return jax.tree.map(lambda g, p: None if g is None else p, grads, params, is_leaf=lambda g: g is None)
+
+
+def _zero_of(grad: Any, param: Any) -> jax.Array:
+    return jnp.zeros(grad.shape, jnp.int8) if param is None else jnp.zeros_like(param)
+
+
+def _averaged(name: str, extra_args: dict[str, Any]) -> jax.Array:
+    if extra_args.get(name) is None:
+        raise TypeError(
+            f"expected a scalar {name}= at every call, since averaged_extra_args names it; got {sorted(extra_args)}."
+        )
+    return as_scalar(name, extra_args[name])
+
+
+# Close: divide, run the inner optimizer once.
 
 
 def close(
@@ -120,15 +221,21 @@ def close(
         target, inner_state, noise_state = carry
         new_target, new_inner_state = step_fn(target, inner_state, state.grad_sum, dict(state.extra_sums))
         new_inner_state = keep_avals(new_inner_state, inner_state, "the inner optimizer's state")
-        return new_target, new_inner_state, _close_noise(options, state, noise_state)
+        if isinstance(noise_state, NoiseScaleState):
+            noise_state = close_terms(noise_state, state.grad_sum, state.weight_sum, options.use_grad_mean)
+        return new_target, new_inner_state, noise_state
 
     target, inner_state, noise_state = run_if(emits, emit, (target, state.inner_state, state.noise_state))
+    # A weight that is not finite ends with its window, as a gradient does.
+    counts = emits & jnp.isfinite(state.weight_sum)
     return target, state._replace(
         micro_step=jnp.where(full, jnp.zeros_like(state.micro_step), state.micro_step),
         gradient_step=jnp.where(emits, optax.safe_increment(state.gradient_step), state.gradient_step),
         has_updated=emits,
         inner_state=inner_state,
-        weight_total=jnp.where(emits, add_to_total(state.weight_total, state.weight_sum), state.weight_total),
+        weight_total=jnp.where(
+            counts, add_to_total(state.weight_total, state.weight_sum), state.weight_total
+        ),
         noise_state=noise_state,
     )
 
@@ -142,42 +249,62 @@ def close_with_updates(
     extra_args: dict[str, Any],
 ) -> tuple[optax.Updates, AccumulateState]:
     """`close`, for the updates that `inner` gives for gradients like `grads`; zeros where it does not run."""
-    inner_update, updates_like = make_inner_update(
-        options.inner, grads, state.inner_state, params, extra_args
-    )
+    inner_update, updates_like = make_inner_update(options, grads, state, params, extra_args)
 
     def step_fn(_, inner_state, gradient, averages):
         return inner_update(gradient, inner_state, params, averages)
 
-    return close(options, state, full, jax.tree.map(jnp.zeros_like, updates_like), step_fn)
+    return close(options, state, full, zeros_of(updates_like), step_fn)
 
 
-def _skip(
-    options: Options, step: MicroStep, state: AccumulateState, params: optax.Params | None
-) -> tuple[jax.Array | None, Any]:
-    """Whether to drop the micro-step (None: never), and the new skip state."""
-    if options.should_skip_update_fn is None:
-        return None, state.skip_state
-    skip_fn = cheaper(options.should_skip_update_fn, state.skip_state)
-    skip, skip_state = call_skip_fn(skip_fn, step.grads, state.gradient_step, params)
-    return skip, keep_avals(skip_state, state.skip_state, "what should_skip_update_fn returns", ADVICE)
+def make_inner_update(
+    options: Options,
+    grads: optax.Updates,
+    state: AccumulateState,
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+) -> tuple[Callable[..., tuple[optax.Updates, optax.OptState]], optax.Updates]:
+    """`inner.update` for a mean that is wider than `grads`, and what its updates look like.
 
+    The updates get the structure and dtypes that `inner` itself gives for `grads`, found without running it. A leaf
+    with a float0 gradient stays where it is, whatever weight decay would do to it.
 
-def call_skip_fn(skip_fn: Callable[..., Any], *args: Any) -> tuple[jax.Array, Any]:
-    """Whether to drop, and the pytree to keep; raises for a function that does not decide."""
-    returned = skip_fn(*args)
-    if not isinstance(returned, tuple) or len(returned) != 2:
-        raise TypeError(
-            "should_skip_update_fn expects to return (a bool scalar, a pytree), such as (skip, ()); it returned "
-            f"{type(returned).__name__}."
-        )
-    skip, skip_state = jnp.asarray(returned[0]), returned[1]
-    if skip.shape != () or skip.dtype != jnp.bool_:
-        raise TypeError(
-            "should_skip_update_fn expects to return (a bool scalar, a pytree); its first came with shape "
-            f"{skip.shape} and dtype {skip.dtype}. Reduce over the gradients, as optax.skip_not_finite does."
-        )
-    return skip, skip_state
+    Returns:
+      (gradient, inner_state, params, averaged extra args) -> (updates, inner_state), and a pytree of
+      `jax.ShapeDtypeStruct`.
+    """
+
+    def like_gradient(grad, total, param):
+        dtype = jax.dtypes.canonicalize_dtype(dtype_of(grad))
+        return _zero_of(grad, param) if is_float0(grad) else jnp.zeros_like(total, dtype=dtype)
+
+    beside = _beside(grads, params)
+    like = jax.eval_shape(lambda: jax.tree.map(like_gradient, grads, state.grad_sum, beside))
+
+    def update(gradient, inner_state, params, extra_args):
+        updates, inner_state = options.inner.update(gradient, inner_state, params, **extra_args)
+        if any(map(is_float0, jax.tree.leaves(grads))):
+            updates = jax.tree.map(
+                lambda g, zero, u: zeros_of(zero) if is_float0(g) else u, grads, like, updates
+            )
+        return updates, inner_state
+
+    def strongly_typed_updates(gradient, inner_state):
+        updates, new_inner_state = update(gradient, inner_state, params, extra_args)
+        keep_avals(new_inner_state, inner_state, "the inner optimizer's state")
+        return jax.tree.map(lambda u: lax.convert_element_type(u, jnp.result_type(u)), updates)
+
+    try:
+        updates_like = jax.eval_shape(strongly_typed_updates, like, state.inner_state)
+    except Exception as error:
+        error.add_note(f"It came of the inner optimizer's update. If its state was restored: {ADVICE}")
+        raise
+
+    def inner_update(gradient, inner_state, params, averages):
+        updates, inner_state = update(gradient, inner_state, params, extra_args | averages)
+        return keep_avals(updates, updates_like, "the inner optimizer's updates"), inner_state
+
+    return inner_update, updates_like
 
 
 def _divide(options: Options, state: AccumulateState, emits: jax.Array) -> AccumulateState:
@@ -197,21 +324,3 @@ def _divide(options: Options, state: AccumulateState, emits: jax.Array) -> Accum
     extra_means = jax.tree.map(divide, state.extra_sums)
     grad_sum = jax.tree.map(divide, state.grad_sum) if options.use_grad_mean else state.grad_sum
     return state._replace(grad_sum=grad_sum, extra_sums=extra_means)
-
-
-def _weighted_sq_norm(step: MicroStep) -> jax.Array:
-    """The micro-step's n |g|^2, g being its mean gradient over n."""
-    # Masking the scalar rather than the gradient lets XLA reduce what it reads, with no copy in between.
-    counts = step.weight != 0
-    sq_norm = jnp.where(counts, squared_norm(step.unmasked_grads), 0)
-    return step.weight * sq_norm if step.scale else sq_norm / jnp.where(counts, step.weight, 1)
-
-
-def _close_noise(options: Options, state: AccumulateState, noise_state: Any) -> Any:
-    if not isinstance(noise_state, NoiseScaleState):
-        return noise_state
-    mean_sq_norm = squared_norm(state.grad_sum)
-    if not options.use_grad_mean:
-        mean_sq_norm = mean_sq_norm / jnp.square(state.weight_sum)
-    estimates = estimate_noise(noise_state.num_terms, noise_state.sq_norm_sum, mean_sq_norm, state.weight_sum)
-    return average_in(noise_state, estimates)

@@ -167,10 +167,10 @@ def test_schedule_free_evaluation_parameters_are_those_of_the_inner_state():
 def test_what_cannot_be_inside_is_refused():
     per_example = jax.tree.map(lambda *g: jnp.stack(g), *GRADS[:2])
     tx = window_of(contrib.differentially_private_aggregate(1.0, 0.0, jax.random.key(0)))
-    with pytest.raises(ValueError, match=r"\['b'\] has shape \(2, 2\), the state \(2,\)"):
+    with pytest.raises(ValueError, match=r"\['b'\] to have the state's shape \(2,\); got \(2, 2\)"):
         tx.update(per_example, tx.init(PARAMS), PARAMS)
     tx = window_of(optax.monitor({"norm": optax.tree.norm}), 1)
-    with pytest.raises(TypeError, match="inner optimizer's state may not change its structure"):
+    with pytest.raises(TypeError, match="the inner optimizer's state to keep its structure"):
         tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
     start = optax.LookaheadParams.init_synced(PARAMS)
     tx = window_of(optax.lookahead(momentum(), 2, 0.5))

@@ -38,7 +38,8 @@ def test_it_goes_on_to_the_same_parameters(num_before, use_grad_mean):
     ours, final = train(tx, GRADS[num_before:], params, optaccum.from_multi_steps(tx, state))
     assert_trees_close(ours, undisturbed, rtol=1e-5)
     assert int(final.gradient_step) == 3
-    assert optaccum.weight_total(final) == 8.0  # 2 + 3 + 3
+    emitted_before = {0: 0, 4: 2, 5: 5}[num_before]  # of a k that is a function nothing is known
+    assert optaccum.weight_total(final) == 8.0 - emitted_before  # 2 + 3 + 3
     if num_before == 4:  # two micro-steps into a window: forgetting them shows
         forgotten = optaccum.from_multi_steps(tx, state)._replace(micro_step=jnp.int32(0))
         wrong, _ = train(tx, GRADS[4:], params, forgotten)
@@ -75,10 +76,10 @@ def test_what_cannot_be_taken_over_raises():
     theirs = optax.MultiSteps(optax.sgd(0.1), 2)
     with pytest.raises(TypeError, match=r"optax\.MultiStepsState"):
         optaccum.from_multi_steps(tx, tx.init(PARAMS))
-    with pytest.raises(TypeError, match="accumulate made"):
+    with pytest.raises(TypeError, match=r"optaccum\.accumulate made"):
         optaccum.from_multi_steps(optax.sgd(0.1), theirs.init(PARAMS))
     averaging = optaccum.accumulate(optax.sgd(0.1), 2, averaged_extra_args=("value",))
     optaccum.from_multi_steps(averaging, theirs.init(PARAMS))
     _, state = theirs.update(GRADS[0], theirs.init(PARAMS), PARAMS)
-    with pytest.raises(ValueError, match="1 micro-steps into a window"):
+    with pytest.raises(ValueError, match="got one 1 micro-steps into a window"):
         optaccum.from_multi_steps(averaging, state)

@@ -35,12 +35,26 @@ def test_a_numpy_int_is_a_k():
     assert (updates[1]["w"] != 0).any()
 
 
-@pytest.mark.parametrize("k", [0, -1, True, np.bool_(True), 2.0, "2", None, np.int32(0)])
+@pytest.mark.parametrize("k", [0, -1, True, np.bool_(True), 2.0, "2", 2j, np.int32(0)])
 def test_a_k_that_is_not_a_positive_int_raises(k):
-    with pytest.raises((TypeError, ValueError), match="every_k_schedule expects an int >= 1"):
+    with pytest.raises((TypeError, ValueError), match="every_k_schedule to be an int >= 1"):
         optaccum.accumulate(optax.sgd(0.1), k)
 
 
 def test_a_schedule_by_weight_that_is_not_a_function_raises():
-    with pytest.raises(TypeError, match="by_weight expects a function"):
+    with pytest.raises(TypeError, match="fn to be a function"):
         optaccum.by_weight(3)
+
+
+def test_a_schedule_that_returns_no_real_number_raises_where_it_can_be_seen():
+    for k in (float("nan"), None, 2j, jnp.complex64(2), jnp.ones(2), "2"):
+        for schedule in (lambda step, k=k: k, optaccum.by_weight(lambda total, k=k: k)):
+            tx = optaccum.accumulate(optax.identity(), schedule)
+            with pytest.raises(TypeError, match="return k, a real scalar"):
+                tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
+
+
+def test_a_traced_k_that_is_nan_counts_as_one():
+    tx = optaccum.accumulate(optax.identity(), lambda step: jnp.where(step < 1, jnp.nan, 2.0))
+    _, states = run(tx, GRADS[:3])
+    assert [bool(s.has_updated) for s in states] == [True, False, True]

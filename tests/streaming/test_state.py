@@ -1,12 +1,15 @@
 """A streaming state: what can be asked of it, and what it keeps through scan, donation, sharding and pickle."""
 
 import pickle
+import tempfile
+import warnings
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from conftest import assert_trees_close, assert_trees_equal
 from streaming_problem import GRADS, PARAMS, run, weighted_mean
@@ -183,3 +186,137 @@ def test_the_total_weight_of_a_vmapped_state_is_its_least_members():
     update = jax.vmap(lambda g, s, p, w: tx.update(g, s, p, weight=w))
     _, state = update(params, state, params, jnp.array([5.0, 2.0, 7.0]))
     assert optaccum.weight_total(state) == 2.0
+
+
+# A state that is not this transformation's is refused by name, with the way out.
+
+ADAM = optax.adam(0.1)
+TX = optaccum.accumulate(ADAM, 2)
+CHAIN = optax.chain(optax.clip(1.0), TX)
+
+
+@pytest.mark.parametrize(
+    ("state", "match"),
+    [
+        (optax.MultiSteps(ADAM, 2).init(PARAMS), "optaccum.from_multi_steps"),
+        (CHAIN.init(PARAMS), "holds one"),
+        (ADAM.init(PARAMS), r"got tuple.*\(grads, state, params\)"),
+        (PARAMS, "got dict"),
+    ],
+)
+def test_another_kind_of_state(state, match):
+    calls = (
+        lambda: TX.update(GRADS[0], state, PARAMS),
+        lambda: optaccum.apply_gradients(TX, GRADS[0], state, PARAMS),
+        lambda: optaccum.flush(TX, state, PARAMS),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match=r"to be an optaccum.AccumulateState.*" + match):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"averaged_extra_args": ("value",)}, "a state with averaged_extra_args="),
+        (
+            {"should_skip_update_fn": optax.skip_not_finite},
+            r"should_skip_update_fn returns to keep its structure.*Restore it",
+        ),
+        ({"track_noise_scale": True}, "a state with track_noise_scale"),
+    ],
+)
+def test_a_state_of_other_options(options, match):
+    other = optaccum.accumulate(ADAM, 2, **options)
+    with pytest.raises((TypeError, ValueError), match=match):
+        other.update(GRADS[0], TX.init(PARAMS), PARAMS, value=1.0)
+    if "averaged_extra_args" in options:  # and switched off
+        with pytest.raises(ValueError, match=match):
+            TX.update(GRADS[0], other.init(PARAMS), PARAMS)
+
+
+def test_parameters_that_are_missing_are_what_is_missed():
+    tx = optaccum.accumulate(optax.adamw(0.1), 2)
+    with pytest.raises(ValueError, match="not passing `params`"):  # Optax's own words
+        tx.update(GRADS[0], tx.init(PARAMS))
+    with pytest.raises(ValueError, match="params to be the parameters"):
+        optaccum.apply_gradients(tx, GRADS[0], tx.init(PARAMS), None)
+
+
+def test_a_skip_function_returns_a_pair():
+    with pytest.raises(TypeError, match="got True"):
+        optaccum.accumulate(ADAM, 2, should_skip_update_fn=lambda *_: True).init(PARAMS)
+
+
+def test_a_state_restored_without_its_types_is_answered_with_the_template():
+    for tx in (TX, CHAIN):
+        with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(f"{folder}/state", tx.init(PARAMS))
+            checkpointer.wait_until_finished()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Orbax': that it restores on this topology
+                bare = checkpointer.restore(f"{folder}/state")
+        with pytest.raises(ValueError, match=r"tx.init\(params\) as the template"):
+            optaccum.has_updated(bare)
+    with pytest.raises(TypeError, match=r"tx.init\(params\) as the template"):
+        TX.update(GRADS[0], TX.init(PARAMS)._asdict(), PARAMS)
+    with pytest.raises(ValueError, match="returned"):  # of a state that never had one
+        optaccum.has_updated({"micro_step": 0})
+
+
+def test_a_leaf_without_a_name_has_a_number():
+    """Of a pytree whose class does not name its children."""
+
+    @jax.tree_util.register_pytree_node_class
+    class Box:
+        def __init__(self, *leaves):
+            self.leaves = leaves
+
+        def tree_flatten(self):
+            return self.leaves, None
+
+        @classmethod
+        def tree_unflatten(cls, _, leaves):
+            return cls(*leaves)
+
+    params, grads = {"box": Box(jnp.ones(1), jnp.ones(2))}, {"box": Box(jnp.ones(1), jnp.ones(3))}
+    with pytest.raises(ValueError, match=r"the gradient at \['box'\], leaf 1 to have"):
+        TX.update(grads, TX.init(params), params)
+    with pytest.raises(ValueError, match="the gradient at leaf 1 to have"):
+        TX.update(grads["box"], TX.init(params["box"]), params["box"])
+
+
+def test_asking_moves_nothing_to_the_device():
+    states = TX.init(PARAMS), optax.partition({"x": TX}, {"w": "x", "b": "x"}).init(PARAMS)
+    with jax.transfer_guard("disallow"):
+        assert not any(map(optaccum.has_updated, states))
+        with pytest.raises(Exception, match="Disallowed host-to-device"):
+            jnp.logical_and(states[0].has_updated, True)
+
+
+@pytest.mark.parametrize("options", [{}, {"should_skip_update_fn": optax.skip_not_finite}])
+def test_init_makes_the_sums_and_no_other_copy(options):
+    """Zeros made to learn a structure would be a second: seen in what is alive while the skip function runs."""
+    params = {"w": jnp.ones((101, 103))}
+    alive = []
+
+    def skip(updates, gradient_step, params):
+        alive.append(sum(x.shape == (101, 103) for x in jax.live_arrays()))
+        return optax.skip_not_finite(updates, gradient_step, params)
+
+    options = dict.fromkeys(options, skip)
+    state = optaccum.accumulate(optax.sgd(0.1), 2, **options).init(params)
+    assert alive == [2] * len(options)
+    assert state.grad_sum["w"].shape == (101, 103)
+    spare = jnp.zeros_like(params["w"])
+    optaccum.accumulate(optax.sgd(0.1), 2, should_skip_update_fn=skip).init(params)
+    assert alive[-1] == 4  # with the state above, and one to spare
+    del spare
+
+
+@pytest.mark.parametrize("accumulator_dtype", [jnp.float32, None])
+def test_numpy_parameters_are_taken_without_a_warning(accumulator_dtype):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state = optaccum.accumulate(ADAM, 2, accumulator_dtype=accumulator_dtype).init({"w": np.ones(3)})
+    assert state.grad_sum["w"].dtype == jnp.float32

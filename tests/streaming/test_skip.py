@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from conftest import assert_trees_equal
@@ -64,5 +65,37 @@ def test_a_skip_function_that_does_not_decide_raises():
     tx = optaccum.accumulate(
         optax.sgd(0.1), 2, should_skip_update_fn=lambda g, step, p: (jnp.isnan(g["b"]), ())
     )
-    with pytest.raises(TypeError, match=r"bool scalar.*shape \(2,\)"):
+    with pytest.raises(TypeError, match=r"bool scalar.*got bool\[2\]"):
         tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
+
+
+# A weight that is not finite.
+
+
+@pytest.mark.parametrize("name", ["weight", "denominator"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.usefixtures("fast_compilation")
+def test_a_weight_that_is_not_finite_ends_with_its_window(name, bad):
+    tx = optaccum.accumulate(
+        optax.identity(), optaccum.by_weight(lambda total: 2 - (total >= 6).astype(jnp.int32))
+    )
+    updates, states = run(tx, GRADS[:6], **{name: (1.0, bad, 4.0, 4.0, 1.0, 1.0)})
+    assert jnp.isnan(updates[1]["w"]).all()  # as a NaN in the gradient
+    assert jnp.isfinite(updates[3]["w"]).all()
+    assert [int(s.gradient_step) for s in states] == [0, 1, 1, 2, 3, 4]
+    assert optaccum.weight_total(states[1]) == 0.0
+    assert optaccum.weight_total(states[5]) == 10.0
+    _, states = run(tx, GRADS[:2], **{name: (1.0, 2.0)})
+    assert optaccum.weight_total(states[1]) == 3.0
+
+
+@pytest.mark.parametrize("skip_fn", [optax.skip_not_finite, lambda *_: (jnp.bool_(False), ())])
+def test_a_skip_function_drops_the_micro_step_with_such_a_weight(skip_fn):
+    tx = optaccum.accumulate(optax.identity(), 2, should_skip_update_fn=skip_fn)
+    updates, states = run(tx, GRADS[:4], weight=(1.0, np.nan, np.inf, 3.0))
+    assert_trees_equal(updates[3], weighted_mean([GRADS[0], GRADS[3]], [1, 3]))
+    assert [int(s.num_skipped) for s in states] == [0, 1, 2, 2]
+    assert optaccum.weight_total(states[3]) == 4.0
+    without = optaccum.accumulate(optax.identity(), 2)
+    updates, _ = run(without, GRADS[:2], weight=(1.0, np.nan))
+    assert jnp.isnan(updates[1]["w"]).all()

@@ -1,0 +1,114 @@
+"""Streaming on meshes: what is kept keeps its sharding, whatever comes; an emit gathers nothing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import assert_trees_close, assert_trees_equal
+from jax.sharding import AxisType
+
+import optaccum
+from optaccum._dtypes import keep_sharding
+
+PARAMS = {"w": jnp.arange(32.0).reshape(8, 4), "b": jnp.ones(3)}
+GRADS = [jax.tree.map(lambda p, i=i: (p - i) / 8, PARAMS) for i in range(3)]
+EVERYWHERE, SHARDED = jax.P(), jax.P("data")
+LAYOUTS = {  # of the parameters, of the gradients, of the state
+    "ZeRO-1": (EVERYWHERE, EVERYWHERE, SHARDED),
+    "FSDP, gradients everywhere": (SHARDED, EVERYWHERE, SHARDED),
+    "FSDP": (SHARDED, SHARDED, SHARDED),
+    "gradients sharded": (EVERYWHERE, SHARDED, EVERYWHERE),
+}
+
+
+def put(mesh, tree, spec):
+    """The leaves whose rows divide over the devices so, the others everywhere."""
+
+    def place(x):
+        divides = x.ndim > 1 and x.shape[0] % 8 == 0
+        return jax.device_put(x, jax.NamedSharding(mesh, spec if divides else EVERYWHERE))
+
+    return jax.tree.map(place, tree)
+
+
+def layout(tree):
+    return [(*x.sharding.spec, None, None)[: x.ndim] for x in jax.tree.leaves(tree) if x.ndim > 1]
+
+
+@functools.cache
+def tx_of(skip):
+    return optaccum.accumulate(
+        optax.adamw(0.1), 2, should_skip_update_fn=optax.skip_not_finite if skip else None
+    )
+
+
+def three_calls(tx, params, state, grads, *, in_one):
+    """Of which one ends a window; then a flush."""
+    for g in grads:
+        if in_one:
+            params, state = optaccum.apply_gradients(tx, g, state, params, weight=2.0)
+        else:
+            updates, state = tx.update(g, state, params, weight=2.0)
+            params = jax.tree.map(lambda p, u: keep_sharding(p + u, p), params, updates)
+    updates, state = optaccum.flush(tx, state, params)
+    return params, state, updates
+
+
+@pytest.mark.parametrize("in_one", [True, False])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.usefixtures("fast_compilation")
+def test_on_an_explicit_mesh_what_is_kept_keeps_its_layout(name, in_one):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    tx = tx_of(skip=in_one)
+    step = functools.partial(three_calls, tx, in_one=in_one)
+    expected = jax.jit(step)(PARAMS, tx.init(PARAMS), GRADS)
+    of_params, of_grads, of_state = LAYOUTS[name]
+    with jax.set_mesh(mesh):
+        params, state = put(mesh, PARAMS, of_params), put(mesh, tx.init(PARAMS), of_state)
+        grads = put(mesh, GRADS, of_grads)
+        for run in [jax.jit(step), step] if name == "ZeRO-1" else [jax.jit(step)]:
+            new_params, new_state, updates = run(params, state, grads)
+            assert layout((new_params, new_state)) == layout((params, state))
+            assert_trees_close((new_params, new_state, updates), expected, rtol=1e-5)
+    assert "data" in str(layout((params, state, grads)))  # the layouts do differ
+    with pytest.raises(AssertionError):
+        assert_trees_equal(new_params["w"], PARAMS["w"])
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sums_are_sharded_from_init_on_and_an_emit_gathers_nothing(kind):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    params = {"w": jnp.ones((64, 32)), "v": jnp.ones((32, 64, 2))}
+    tx = tx_of(False)
+    with jax.set_mesh(mesh):
+        specs = {"w": jax.P("data"), "v": jax.P(None, "data")}
+        params = jax.tree.map(lambda x, s: jax.device_put(x, jax.NamedSharding(mesh, s)), params, specs)
+        state = tx.init(params)
+        inits = [state]
+        if kind == AxisType.Explicit:  # whose types show it inside jit, too
+            inits.append(jax.jit(tx.init)(params))
+        for made in inits:
+            for name, x in params.items():
+                assert made.grad_sum[name].sharding.is_equivalent_to(x.sharding, x.ndim)
+
+        def step(params, state, grads):
+            return optaccum.apply_gradients(tx, grads, state, params, weight=2.0)
+
+        def collectives(out_shardings=None):
+            jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
+            counts = optaccum.count_collectives(jitted.lower(params, state, params).compile())
+            return {**counts.in_loops, **counts.outside}
+
+        assert collectives() == {}
+        everywhere = jax.NamedSharding(mesh, jax.P())
+        if kind == AxisType.Auto:  # a gather is seen
+            assert "all-gather" in collectives((everywhere, None))
+        jitted = jax.jit(step)
+        new, state = params, state
+        for _ in range(2):
+            new, state = jitted(new, state, params)
+        assert layout((new, state)) == layout((params, inits[0]))
+        assert (np.asarray(new["w"]) != 1).all()

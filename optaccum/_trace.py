@@ -54,7 +54,8 @@ def hoisted(closed: Any) -> jex_core.Jaxpr:
     """
     jaxpr = closed.jaxpr
     inputs = [*jaxpr.constvars, *jaxpr.invars]
-    return jex_core.Jaxpr((), inputs, jaxpr.outvars, jaxpr.eqns, jaxpr.effects, jaxpr.debug_info)
+    unnamed = jaxpr.debug_info._replace(arg_names=None)  # it names the arguments alone
+    return jex_core.Jaxpr((), inputs, jaxpr.outvars, jaxpr.eqns, jaxpr.effects, unnamed)
 
 
 def _has_scan(jaxpr: jex_core.Jaxpr) -> bool:

@@ -83,7 +83,7 @@ MUTATIONS = [
     ),
     Mutation(
         "flush does not look whether emit is read",
-        "if not _is_read(closed, structs):",
+        "if not all(traced.depends_on(i)[0] for i in outputs):",
         "if False:",
         "streaming/test_flush.py -k reach",
     ),

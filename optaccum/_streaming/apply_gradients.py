@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.interpreters import partial_eval
 
 from optaccum._dtypes import is_float0, is_numeric, keep_avals
 from optaccum._run_if import run_if
 from optaccum._streaming.accumulate import options_of
 from optaccum._streaming.state import AccumulateState, check_is_state, is_state, states_in
 from optaccum._streaming.window import close, close_with_updates, enter, make_inner_update
+from optaccum._trace import trace
 from optaccum._varying import zeros_of
 
 _NOT_REACHED = (
@@ -189,10 +189,12 @@ def _flush_inside(
         return jax.tree.map(lambda u: lax.convert_element_type(u, jnp.result_type(u)), updates), state
 
     try:
-        closed, structs = jax.make_jaxpr(end, return_shape=True)(True, state)
+        traced, _ = trace(end, True, state)
     except Exception as error:
         raise TypeError(f"{_NOT_REACHED} Its update says: {error}") from error
-    if not _is_read(closed, structs):
+    flags = {id(s.has_updated) for s in states_in(traced.structs)}
+    outputs = [i for i, leaf in enumerate(jax.tree.leaves(traced.structs)) if id(leaf) in flags]
+    if not all(traced.depends_on(i)[0] for i in outputs):
         raise TypeError(_NOT_REACHED)
 
     def end_once(carry):
@@ -204,19 +206,7 @@ def _flush_inside(
 
     is_open = functools.reduce(jnp.logical_or, [s.micro_step > 0 for s in states_in(state)])
     state = jax.tree.map(not_updated, state, is_leaf=is_state)
-    return run_if(is_open, end_once, (zeros_of(structs[0]), state))
-
-
-def _is_read(closed: Any, structs: Any) -> bool:
-    """Whether each `has_updated` among the outputs of a jaxpr depends on its first input."""
-    flags = {id(s.has_updated) for s in states_in(structs)}
-    outputs = [id(leaf) in flags for leaf in jax.tree.leaves(structs)]
-    used = [
-        partial_eval.dce_jaxpr(closed.jaxpr, [i == j for j in range(len(outputs))])[1][0]
-        for i, is_flag in enumerate(outputs)
-        if is_flag
-    ]
-    return all(used)
+    return run_if(is_open, end_once, (zeros_of(traced.structs[0]), state))
 
 
 def _zero_gradient(param: Any) -> Any:

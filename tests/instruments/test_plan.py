@@ -95,16 +95,18 @@ def _limits(batch_size, memory_fn):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 6, 97, 4096, 30030, 720_720])
-@pytest.mark.parametrize(("offset", "slope"), [(0, 1000), (10**6, 1000), (10**9, 7)])
-def test_affine_memory_takes_four_programs(batch_size, offset, slope):
-    """Also for the 240 divisors of 720,720, where bisection takes 8 or 9."""
+@pytest.mark.parametrize("offset", [0, 10**9])
+def test_the_list_of_divisors_is_halved(batch_size, offset):
+    """The whole batch, then 8 programs for the other 239 divisors of 720,720."""
 
     def memory_fn(size):
-        return offset + slope * size
+        return offset + 1000 * size
 
+    most = 1 + len(_divisors(batch_size)[1:]).bit_length()
     limits = [limit for limit in _limits(batch_size, memory_fn) if limit >= memory_fn(1)]
-    assert min(_check(batch_size, memory_fn, limit, most=4) for limit in limits) == 1  # the whole batch
-    _check(batch_size, memory_fn, memory_fn(1) - 1, most=10)
+    numbers = [_check(batch_size, memory_fn, limit, most) for limit in limits]
+    assert (min(numbers), max(numbers)) == (1, most)
+    _check(batch_size, memory_fn, memory_fn(1) - 1, most + 7)
 
 
 def test_misleading_small_sizes_and_a_whole_batch_without_a_loop():
@@ -115,7 +117,7 @@ def test_misleading_small_sizes_and_a_whole_batch_without_a_loop():
     needs = [memory_fn(2**i) for i in range(10)]
     assert needs[0] > needs[1], "small sizes do not mislead"
     for limit in _limits(512, memory_fn):
-        _check(512, memory_fn, limit, most=7)
+        _check(512, memory_fn, limit, most=8)
 
 
 def test_a_whole_batch_that_needs_less_than_half_of_it():
@@ -124,7 +126,7 @@ def test_a_whole_batch_that_needs_less_than_half_of_it():
     assert _Steps(64, needs.get).plan(899).num_microbatches == 4
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_any_monotone_memory(seed):
     rng = np.random.default_rng(seed)
     batch_size = int(rng.choice([48, 360, 1024, 5040]))
@@ -133,12 +135,12 @@ def test_any_monotone_memory(seed):
         rng.random(len(divisors)) < 0.7
     )
     needs = dict(zip(divisors, (1000 + np.cumsum(jumps)).tolist(), strict=True))
-    most = 5 + math.ceil(math.log2(len(divisors))) + 6
+    most = 1 + len(divisors).bit_length() + 6
     for limit in _limits(batch_size, needs.__getitem__):
         _check(batch_size, needs.__getitem__, limit, most=most)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_any_memory_gives_a_plan_that_was_compiled(seed):
     rng = np.random.default_rng(seed)
     needs = dict(zip(_divisors(720), rng.integers(100, 1000, len(_divisors(720))).tolist(), strict=True))
@@ -154,11 +156,10 @@ def test_any_memory_gives_a_plan_that_was_compiled(seed):
 
 
 def test_need_counts_donated_arguments_once():
-    plan = _Steps(8, lambda size: _Memory(1000 * size, argument=70, output=50, alias=40)).plan(4080)
-    assert plan.probes == ((1, 8080), (2, 4080))
-    assert plan.num_microbatches == 2
-    kept = _Steps(8, lambda size: _Memory(1000 * size, argument=70, output=50)).plan(4080)
-    assert kept.num_microbatches == 4
+    plan = _Steps(2, lambda size: _Memory(1000 * size, argument=70, output=50, alias=40)).plan(2080)
+    assert plan.probes == ((1, 2080),)
+    kept = _Steps(2, lambda size: _Memory(1000 * size, argument=70, output=50)).plan(2080)
+    assert kept.probes == ((1, 2120), (2, 1120))
 
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: out of HBM"
@@ -200,7 +201,7 @@ def test_nothing_fits():
     hopeless = _Steps(64, lambda size: 10**6 + 1000 * size)
     with pytest.raises(ValueError, match="1,001,000 bytes"):
         hopeless.plan(999)
-    assert hopeless.compiled == [1, 64]
+    assert hopeless.compiled == [1, 8, 32, 64]
     with pytest.raises(ValueError, match=r"every program"):
         _Steps(64, _out_of_memory_above(0)).plan(10**9)
     dip = {64: 990, 32: 900, 16: 800, 8: 700, 4: 600, 2: 500, 1: 550}
@@ -238,6 +239,8 @@ class _Device:
         self.stats = stats
 
     def memory_stats(self):
+        if self.stats == "compile only":
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: only supported for addressable PjRt devices.")
         return self.stats
 
 
@@ -259,8 +262,12 @@ def test_the_limit_of_the_devices():
     assert plan({"x": _Placed(*limits)}).memory_limit == 20_000
     assert plan(_Placed(limits[0]), _Placed(limits[1])).num_microbatches == 4
     assert plan(_Placed(limits[0]), memory_limit=70_000).num_microbatches == 1
-    for args in [(), (_Placed(None),), (_Placed({"bytes_in_use": 1}),), (jnp.ones(8),)]:
-        with pytest.raises(ValueError, match="give memory_limit"):
+    for stats in (None, {"bytes_in_use": 1}, "compile only"):
+        with pytest.raises(ValueError, match="memory_limit to be given"):
+            plan(_Placed(stats))
+        assert plan(_Placed(stats), memory_limit=70_000).num_microbatches == 1
+    for args in [(), (jnp.ones(8),)]:
+        with pytest.raises(ValueError, match="memory_limit to be given"):
             plan(*args)
 
 
@@ -273,18 +280,18 @@ def test_limits_and_sizes_of_other_types(limit, n):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1; got 0"),
+        ({"batch_size": 0}, ValueError, "batch_size to be at least 1; got 0"),
         ({"batch_size": -8}, ValueError, "batch_size"),
-        ({"batch_size": 8.0}, TypeError, "batch_size must be an int"),
+        ({"batch_size": 8.0}, TypeError, "batch_size to be an int"),
         ({"batch_size": True}, TypeError, "batch_size"),
         ({"batch_size": None}, TypeError, "batch_size"),
-        ({"memory_limit": 0}, ValueError, "memory_limit must be a positive"),
+        ({"memory_limit": 0}, ValueError, "memory_limit to be a positive"),
         ({"memory_limit": math.nan}, ValueError, "memory_limit"),
         ({"memory_limit": math.inf}, ValueError, "memory_limit"),
-        ({"memory_limit": "16GB"}, TypeError, "memory_limit must be a number"),
+        ({"memory_limit": "16GB"}, TypeError, "memory_limit to be a number"),
         ({"memory_limit": True}, TypeError, "memory_limit"),
-        ({"args": jnp.ones(3)}, TypeError, "args must be a tuple"),
-        ({"args": {"x": 1}}, TypeError, "args must be a tuple"),
+        ({"args": jnp.ones(3)}, TypeError, "args to be a tuple"),
+        ({"args": {"x": 1}}, TypeError, "args to be a tuple"),
     ],
 )
 def test_bad_arguments(options, error, message):
@@ -296,5 +303,5 @@ def test_bad_arguments(options, error, message):
 
 
 def test_a_backend_without_memory_analysis():
-    with pytest.raises(ValueError, match="no memory analysis"):
+    with pytest.raises(ValueError, match="analyse its programs' memory; got None"):
         _Steps(8, lambda size: None).plan(1000)

@@ -2,23 +2,32 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._instruments.compare import least_sizes, relative_errors
-from optaccum._instruments.diagnose import LossOf, diagnose, explain_not_finite, take_rows
-from optaccum._loss import loss_terms, loss_value
-from optaccum._scanning.call import Call, Layout, Roles, join_call, make_roles, split_call
-from optaccum._scanning.data_axes import as_axes, find_mesh
-from optaccum._scanning.split import batch_size_of, check_split_options, resolve_num_microbatches
+from optaccum._dtypes import as_summand
+from optaccum._instruments.diagnose import diagnose, explain_aux, explain_loop, explain_not_finite
+from optaccum._instruments.references import (
+    Results,
+    ResultsOf,
+    Subject,
+    micro_batches_of,
+    python_loop,
+    take_rows,
+    whole_batch,
+)
+from optaccum._scanning.call import Call, split_call
+from optaccum._scanning.data_axes import find_mesh
+from optaccum._scanning.reductions import Last, Stack, is_wrapper
+from optaccum._scanning.split import batch_size_of, num_and_size_of, resolve_num_microbatches
 from optaccum._scanning.value_and_grad import value_and_grad
+from optaccum._scanning.whole_batch import Options
 
 PyTree = Any
-GradientOf = Callable[[Call], tuple[Any, PyTree]]  # -> value, gradients
 
 # What nearly cancels is compared with this fraction of the whole gradient (or the tolerance of its dtype).
 _FLOOR = 1e-2
@@ -28,15 +37,17 @@ class VerifyReport(NamedTuple):
     """What `optaccum.verify` found; `str(report)` is a table with the likely cause.
 
     Attributes:
-      ok: whether value and gradients agree within `rtol`.
+      ok: whether value, gradients, aux and carry agree within `rtol`.
       max_relative_error: the largest of `value_error` and `leaves`.
-      leaves: relative error of each gradient leaf by its key path: |accumulated - whole| / |whole| in the
-        2-norm, |whole| being taken as a hundredth (16-bit: a twentieth) of the whole gradient's norm at
-        least. NaN where one is not finite.
+      leaves: relative error of each gradient leaf by its key path, of each leaf of aux by "aux" and its key path, of
+        the carry by "carry" and its: |accumulated - expected| / |expected| in the 2-norm. |expected| counts for a
+        hundredth (16-bit: a twentieth) at least, of the whole gradient's norm for a gradient, or a micro-batch's, and
+        of 1 for aux and carry. NaN where one is not finite.
       value_error: relative error of the value.
-      value_ratio: accumulated value / whole batch's value.
+      value_ratio: accumulated value / expected value.
       rtol: the tolerance.
       num_microbatches: n.
+      reference: what they are compared with.
       cause: the likely cause and the way out; empty where ok.
     """
 
@@ -47,6 +58,7 @@ class VerifyReport(NamedTuple):
     value_ratio: float
     rtol: float
     num_microbatches: int
+    reference: str
     cause: str
 
     def raise_if_failed(self) -> None:
@@ -58,7 +70,7 @@ class VerifyReport(NamedTuple):
         """The errors, largest first, and the likely cause of a disagreement."""
         verdict = "agree" if self.ok else "DISAGREE"
         lines = [
-            f"{self.num_microbatches} micro-batches and the whole batch {verdict}: "
+            f"{self.num_microbatches} micro-batches and {self.reference} {verdict}: "
             f"largest relative error {self.max_relative_error:.1e}, tolerance {self.rtol:.1e}.",
             f"  {'value':<40} {self.value_error:.1e}",
         ]
@@ -74,29 +86,28 @@ class VerifyReport(NamedTuple):
 def verify(
     loss_fn: Callable[..., Any], *args: Any, rtol: float | None = None, **value_and_grad_options: Any
 ) -> VerifyReport:
-    """Compares the whole batch's value and gradients with the accumulated ones, as the program will run.
+    """Compares what `value_and_grad` accumulates with the whole batch's value, gradients and aux.
 
-    Both are computed on the arguments' own devices, dtypes and mesh, so a report covers the model, the
-    options and the compiler. Where they disagree, further evaluations of the loss (on repeated and mixed
-    parts of the batch, with another key, with the state of the next micro-batch) tell why.
+    Both are computed on the arguments' own devices, dtypes and mesh, so a report covers the model, the options and the
+    compiler. A carry, `Last` and `Stack`, and with `presplit` everything, are compared with the same micro-batches in a
+    Python loop. Where they disagree, further evaluations of the loss (on repeated, mixed and reordered parts of the
+    batch, with another key, with the state of the next micro-batch) tell why.
 
     Args:
       loss_fn: as for :func:`value_and_grad`.
-      *args: its positional arguments, with a batch that fits the memory whole. Keyword arguments of `loss_fn`
-        have to be bound to it (`functools.partial`).
-      rtol: relative tolerance, >= 0. None: what rounding may do, from the dtypes that the loss computes in:
-        5e-2 with bf16 or narrower, 1e-2 with f16, 1e-4 with f32 on CPU (on GPUs 1e-2 and on TPUs 5e-2, whose
-        matrix units round float32 unless `jax_default_matmul_precision` says otherwise), 1e-9 with f64; plus
-        sqrt(n) roundings of the accumulator.
+      *args: its positional arguments, with a batch that fits the memory whole. Keyword arguments of `loss_fn` have to
+        be bound to it (`functools.partial`).
+      rtol: relative tolerance, >= 0. None: what rounding may do, from the dtypes that the loss computes in: 5e-2 with
+        bf16 or narrower, 1e-2 with f16, 1e-4 with f32 on CPU (on GPUs 1e-2 and on TPUs 5e-2, whose matrix units round
+        float32 unless `jax_default_matmul_precision` says otherwise), 1e-9 with f64; plus sqrt(n) roundings of the
+        accumulator.
       **value_and_grad_options: as for :func:`value_and_grad`.
 
     Returns:
-      A report: `report.ok`, `report.max_relative_error`, `report.leaves`, `str(report)`,
-      `report.raise_if_failed()`.
+      A report: `report.ok`, `report.max_relative_error`, `report.leaves`, `str(report)`, `report.raise_if_failed()`.
 
     Raises:
-      ValueError, TypeError: for a negative tolerance, and what :func:`value_and_grad` raises for these
-      arguments.
+      ValueError, TypeError: for a negative tolerance, and what :func:`value_and_grad` raises for these arguments.
 
     Example:
       >>> import jax.numpy as jnp
@@ -110,117 +121,122 @@ def verify(
     """
     if rtol is not None and not rtol >= 0:
         raise ValueError(f"expected rtol to be None or a number >= 0; got {rtol!r}.")
-    options = value_and_grad_options
-    sizes = check_split_options(options.get("num_microbatches"), options.get("microbatch_size"))
-    call, layout = split_call(_roles(options), args, {})
-    batch_size = batch_size_of(call.batch)
-    n = resolve_num_microbatches(batch_size, *sizes)
-    value, grads, *_ = value_and_grad(loss_fn, **options)(*args)
-    accumulated = (value[0] if options.get("has_aux") else value), grads
+    grad_fn: Any = value_and_grad(loss_fn, **value_and_grad_options)
+    options = grad_fn.options
+    call, layout = split_call(options.roles, args, {})
+    subject = Subject(
+        loss_fn, options, layout, find_mesh(call, options.data_axes) if options.data_axes else None
+    )
+    n = _num_microbatches(options, call.batch)
+    out, grads, *_ = grad_fn(*args)
+    value, carry, aux = subject.unpack(out)
+    accumulated = Results(value, grads, carry, aux).by_path()
+    jaxpr, aux_like = _trace(subject, call)
+    expected, value_of, results_of, num_devices = _references(subject, call, n, aux_like)
 
-    call = call._replace(key=jax.tree.map(lambda key: jax.random.fold_in(key, 0), call.key))
-    axes = _mesh_axes(options, call)
-    try:
-        (loss_of, gradient_of), num_devices = _as_it_is(loss_fn, options, layout), 1
-        whole = gradient_of(call)
-    except Exception:
-        if not axes:
-            raise
-        # It runs under value_and_grad alone: it names a data axis, or JAX finds no layout on an Explicit mesh.
-        loss_of, gradient_of = _in_one_micro_batch(loss_fn, options, layout)
-        whole, num_devices = gradient_of(call), math.prod(axes.values())
-
-    one_device = call if num_devices == 1 else take_rows(call, np.arange(batch_size // num_devices))
-    compute = _compute_tolerance(loss_fn, layout, one_device, axes)
+    compute = _compute_tolerance(jaxpr)
     eps = max(float(jnp.finfo(g.dtype).eps) for g in jax.tree.leaves(grads))
     tolerance = compute + n**0.5 * eps if rtol is None else float(rtol)
-    fraction = max(_FLOOR, compute)
-    least = least_sizes(fraction, whole)
-    value_error, leaves = relative_errors(accumulated, whole, least)
-    if not _worst(value_error, leaves) <= tolerance:
-        least = least_sizes(fraction, whole, _one_micro_batch(gradient_of, call, n), call.diff)
-        value_error, leaves = relative_errors(accumulated, whole, least)
-    worst, cause = _worst(value_error, leaves), ""
+    least = _least_sizes([expected], call.diff, max(_FLOOR, compute))
+    errors = _relative_errors(accumulated, expected, least)
+    if not max(errors.values(), key=_order) <= tolerance and not options.presplit:
+        # Does it only cancel over the whole batch? One micro-batch's size tells.
+        part = results_of(call._replace(batch=micro_batches_of(call, n, num_devices)[0])).by_path()
+        least = _least_sizes([expected, part], call.diff, max(_FLOOR, compute))
+        errors = _relative_errors(accumulated, expected, least)
+    path, worst = max(errors.items(), key=lambda item: _order(item[1]))
+    disagree = {path for path, error in errors.items() if error > tolerance and not _is_beside(path)}
+    wrapper = _wrapper_of(path, aux_like)
+    cause = ""
     if math.isnan(worst):
-        cause = explain_not_finite(all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(whole)))
-    elif worst > tolerance:
-        agree = None
-        if value_error <= tolerance:
-            moving = [bool(jnp.any(x != 0)) for x in jax.tree.leaves(whole[1])]
-            agree = [error <= tolerance for error, m in zip(leaves.values(), moving, strict=True) if m]
+        cause = explain_not_finite(all(bool(jnp.isfinite(x).all()) for x in expected.values()))
+    elif disagree and not options.presplit:
         # A value rounds far less than a gradient.
-        resolution = compute / 20 * max(abs(float(whole[0])), least.value)
-        cause = diagnose(loss_of, call, n, num_devices=num_devices, resolution=resolution, leaves_agree=agree)
+        resolution = compute / 20 * max(abs(float(expected["value"])), least["value"])
+        facts = {
+            "num_devices": num_devices,
+            "resolution": resolution,
+            "value_agrees": "value" not in disagree,
+        }
+        cause = diagnose(value_of, call, n, **facts)
+    elif worst > tolerance and (options.presplit or path.startswith("carry") or wrapper in ("Last", "Stack")):
+        cause = explain_loop(path)
+    elif worst > tolerance:
+        ratio = float(jnp.sum(accumulated[path])) / float(jnp.sum(expected[path]))
+        cause = explain_aux(path, wrapper, ratio, n, batch_size_of(call.batch))
     return VerifyReport(
         ok=worst <= tolerance,
         max_relative_error=worst,
-        leaves=leaves,
-        value_error=value_error,
-        value_ratio=float(accumulated[0]) / float(whole[0]) if float(whole[0]) else float("nan"),
+        leaves={path: error for path, error in errors.items() if path != "value"},
+        value_error=errors["value"],
+        value_ratio=float(value) / float(expected["value"]) if float(expected["value"]) else float("nan"),
         rtol=tolerance,
         num_microbatches=n,
+        reference="the same in a Python loop" if options.presplit else "the whole batch",
         cause=cause,
     )
 
 
-def _roles(options: dict[str, Any]) -> Roles:
-    """The arguments' roles, with `value_and_grad`'s defaults."""
-    names = ("batch_argnums", "key_argnum", "carry_argnum", "count_argnum")
-    given = {name: options[name] for name in names if name in options}
-    return make_roles(**{"argnums": options.get("argnums", 0), "batch_argnums": 1} | given)
+def _num_microbatches(options: Options, batch: PyTree) -> int:
+    if options.presplit:
+        return num_and_size_of(batch)[0]
+    sizes = options.num_microbatches, options.microbatch_size
+    return resolve_num_microbatches(batch_size_of(batch), *sizes)
 
 
-def _mesh_axes(options: dict[str, Any], call: Call) -> dict[str, int]:
-    """The sizes of the mesh axes that `data_axes` names."""
-    axes = as_axes(options.get("data_axes"))
-    return {axis: find_mesh(call, axes).shape[axis] for axis in axes}
+def _trace(subject: Subject, call: Call) -> tuple[str, PyTree]:
+    """The jaxpr of the loss on one device's rows, and its aux, wrappers and all."""
+    batch = jax.tree.map(lambda x: x[0], call.batch) if subject.options.presplit else call.batch
+    call = call._replace(batch=batch)
+    call = take_rows(call, np.arange(batch_size_of(batch) // math.prod(subject.axis_sizes.values())))
+    axis_env = list(subject.axis_sizes.items())
+    jaxpr, (_, _, aux) = jax.make_jaxpr(subject.loss, axis_env=axis_env, return_shape=True)(call)
+    return str(jaxpr), aux
 
 
-def _loss_and_carry(out: Any, options: dict[str, Any]) -> tuple[Any, PyTree]:
-    if not options.get("has_aux"):
-        return out, ()
-    loss, aux = out
-    return loss, () if options.get("carry_argnum") is None else aux[0]
+def _references(
+    subject: Subject, call: Call, n: int, aux_like: PyTree
+) -> tuple[dict[str, jax.Array], ResultsOf, ResultsOf, int]:
+    """What to compare with, by path; value and results of any call, and from how many devices it has its rows."""
+    loop, num_devices = python_loop(subject), math.prod(subject.axis_sizes.values())
+    value_of, results_of = whole_batch(subject)
+    if subject.options.presplit:
+        micro_batches = [jax.tree.map(lambda x, i=i: x[i], call.batch) for i in range(n)]
+        limit = n if subject.options.roles.limit is None else min(max(int(call.limit), 0), n)
+        return loop(call, micro_batches, limit).by_path(), value_of, results_of, num_devices
+    try:
+        jax.eval_shape(results_of, call)
+        num_devices = 1
+    except Exception as error:
+        # It names a data axis, or JAX finds no layout on an Explicit mesh (an exception whose type is not public).
+        if not subject.axis_sizes or type(error).__name__ not in ("NameError", "ShardingTypeError"):
+            raise
+        value_of = results_of = lambda call: loop(call, [call.batch], 1)
+    expected = results_of(call).by_path()
+    expected = {path: x for path, x in expected.items() if not path.startswith("carry")}
+    stacked = any(isinstance(x, Last | Stack) for x in jax.tree.leaves(aux_like, is_leaf=is_wrapper))
+    if stacked or jax.tree.leaves(call.carry):
+        micro_batches = micro_batches_of(call, n, math.prod(subject.axis_sizes.values()))
+        looped = loop(call, micro_batches, n).by_path()
+        expected |= {path: x for path, x in looped.items() if _is_beside(path)}
+    return expected, value_of, results_of, num_devices
 
 
-def _as_it_is(
-    loss_fn: Callable[..., Any], options: dict[str, Any], layout: Layout
-) -> tuple[LossOf, GradientOf]:
-    """The loss of a call and its gradient, as JAX gives them."""
-
-    def loss_of(call):
-        loss, carry = _loss_and_carry(loss_fn(*join_call(layout, call)[0]), options)
-        return loss_value(loss_terms(loss, 1.0)), carry
-
-    def of_diff(diff, call):
-        return loss_of(call._replace(diff=diff))[0]
-
-    gradient = jax.jit(jax.value_and_grad(of_diff))
-    return jax.jit(loss_of), lambda call: gradient(call.diff, call._replace(diff=()))
+def _is_beside(path: str) -> bool:
+    """Whether this is of the aux or the carry, rather than of the loss."""
+    return path.startswith(("aux", "carry"))
 
 
-def _in_one_micro_batch(
-    loss_fn: Callable[..., Any], options: dict[str, Any], layout: Layout
-) -> tuple[LossOf, GradientOf]:
-    """The same for a loss that only runs under `value_and_grad`."""
-    grad_fn = value_and_grad(loss_fn, **{**options, "num_microbatches": 1, "microbatch_size": None})
-
-    def loss_of(call):
-        return _loss_and_carry(grad_fn(*join_call(layout, call)[0])[0], options)
-
-    def gradient_of(call):
-        out, grads, *_ = grad_fn(*join_call(layout, call)[0])
-        return _loss_and_carry(out, options)[0], grads
-
-    return loss_of, gradient_of
+def _wrapper_of(path: str, aux: PyTree) -> str:
+    """The name of the wrapper that holds a leaf of aux; empty for a bare leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(aux, is_leaf=is_wrapper)
+    names = {"aux" + jax.tree_util.keystr(path): type(x).__name__ for path, x in leaves if is_wrapper(x)}
+    return next((name for start, name in names.items() if path.startswith(start)), "")
 
 
-def _compute_tolerance(
-    loss_fn: Callable[..., Any], layout: Layout, call: Call, axes: dict[str, int]
-) -> float:
+def _compute_tolerance(jaxpr: str) -> float:
     """What rounding in the coarsest dtype that the loss computes in may do."""
-    trace = jax.make_jaxpr(lambda call: loss_fn(*join_call(layout, call)[0]), axis_env=list(axes.items()))
-    dtypes = set(re.findall(r"\b(bf16|f\d+)(?:_\w+)?\[", str(trace(call))))
+    dtypes = set(re.findall(r"\b(bf16|f\d+)(?:_\w+)?\[", jaxpr))
     if dtypes & {"bf16", "f8", "f4"}:
         return 5e-2
     if "f16" in dtypes:
@@ -228,23 +244,65 @@ def _compute_tolerance(
     if "f32" not in dtypes:
         return 1e-9
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return (
-        1e-4
-        if precision in ("float32", "highest")
-        else {"cpu": 1e-4, "tpu": 5e-2}.get(jax.default_backend(), 1e-2)
+    if precision in ("float32", "highest"):
+        return 1e-4
+    return {"cpu": 1e-4, "tpu": 5e-2}.get(jax.default_backend(), 1e-2)
+
+
+def _least_sizes(sources: Sequence[dict[str, jax.Array]], diff: PyTree, fraction: float) -> dict[str, float]:
+    """What each array counts for at least, however much of it cancels, seen from these results."""
+
+    def norm(arrays):
+        return math.hypot(*(float(_norm(x)) for x in arrays))
+
+    grads = [
+        norm(x for path, x in source.items() if path != "value" and not _is_beside(path))
+        for source in sources
+    ]
+    value = max(
+        [norm([source["value"]]) for source in sources[1:]] + [max(grads) * norm(jax.tree.leaves(diff))]
     )
+    sizes = {path: 1.0 if _is_beside(path) else max(grads) for path in sources[0]} | {"value": value}
+    return {path: fraction * size for path, size in sizes.items()}
 
 
-def _one_micro_batch(gradient_of: GradientOf, call: Call, n: int) -> PyTree:
-    """Value and gradients of the first micro-batch, which tell how large they are before they cancel."""
-    try:
-        return gradient_of(take_rows(call, np.arange(0, batch_size_of(call.batch), n)))
-    except Exception:  # such as rows that do not divide over the devices: it is only a scale
-        return ()
+def _relative_errors(
+    accumulated: dict[str, jax.Array], expected: dict[str, jax.Array], least: dict[str, float]
+) -> dict[str, float]:
+    """|accumulated - expected| / |expected| of each array; those that only one has are left out."""
+    errors = {}
+    for path, x in expected.items():
+        if x.shape == accumulated[path].shape:
+            # The two may be laid out over a mesh in different ways.
+            distance = float(_distance(jax.device_put(accumulated[path], x.sharding), x))
+            errors[path] = _ratio(distance, float(_norm(x)), least[path])
+    return errors
 
 
-def _worst(value_error: float, leaves: dict[str, float]) -> float:
-    return max([value_error, *leaves.values()], key=_order)
+@jax.jit
+def _norm(x: jax.Array) -> jax.Array:
+    """|x| in the 2-norm, without underflow or overflow; NaN where x is not finite."""
+    size = jnp.abs(_as_inexact(x))
+    largest = jnp.max(size, initial=0)
+    return largest * jnp.sqrt(jnp.sum(jnp.square(size / jnp.where(largest > 0, largest, 1))))
+
+
+@jax.jit
+def _distance(x: jax.Array, y: jax.Array) -> jax.Array:
+    return _norm(_as_inexact(x) - _as_inexact(y))
+
+
+def _as_inexact(x: jax.Array) -> jax.Array:
+    x = as_summand(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+
+
+def _ratio(difference: float, size: float, least: float) -> float:
+    if math.isnan(difference) or math.isnan(size):
+        return float("nan")
+    if not (size := max(size, least)):
+        return 0.0 if difference == 0 else float("inf")
+    return difference / size
 
 
 def _order(error: float) -> float:

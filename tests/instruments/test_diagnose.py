@@ -12,6 +12,7 @@ import pytest
 
 import optaccum
 from optaccum._instruments.diagnose import diagnose
+from optaccum._instruments.references import Results
 from optaccum._scanning.call import Call
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -97,7 +98,9 @@ def load_balanced(params, batch):
 
 def router_penalty(params, batch):
     z = jax.nn.logsumexp(hidden(params, batch) @ params["router"], axis=-1)
-    return {"tokens": mean_loss(params, batch), "router": 0.1 * jnp.square(z).mean()}
+    each = losses(params, batch)
+    router = optaccum.WeightedMean(0.1 * jnp.square(z).sum(), z.size)
+    return {"tokens": optaccum.WeightedMean(each.sum(), each.size), "router": router}
 
 
 def contrastive(params, batch):
@@ -109,6 +112,12 @@ def contrastive(params, batch):
 def paired(params, batch):
     h = hidden(params, batch).reshape(-1, 2, T // 2 * D)
     return -jax.nn.log_sigmoid((h[:, 0] * h[:, 1]).sum(-1) / D).mean()
+
+
+def preferred(params, batch):
+    """Row 2i is preferred to row 2i + 1."""
+    h = hidden(params, batch).sum((1, 2))
+    return -jax.nn.log_sigmoid(h[0::2] - h[1::2]).mean()
 
 
 def policy_gradient(params, batch, normalise=False):
@@ -143,7 +152,7 @@ def looked_up(params, batch, add):
 CAUSES = {
     "sum": (sum_loss, mean_loss, "is a sum over the batch", "Return the mean"),
     "constant": (sum_and_penalty, mean_loss, "divided by a constant", "Return the mean"),
-    "twice": (twice_divided, mean_loss, "divided by the batch size twice", "Return the mean"),
+    "twice": (twice_divided, mean_loss, "divided by the batch size twice", "optaccum.chunked"),
     "weights": (masked, weighted, "unequal weights", "optaccum.WeightedMean(total, weight)"),
     "BatchNorm": (
         functools.partial(normalised, axis=(0, 1)),
@@ -153,11 +162,12 @@ CAUSES = {
     ),
     "load balancing": (load_balanced, router_penalty, "product of batch means", "optaccum.chunked"),
     "contrastive": (contrastive, paired, "see each other", "optaccum.chunked"),
+    "rows": (preferred, paired, "rows that belong together", "presplit=True"),
     "hidden by stop_gradient": (advantage, policy_gradient, "advantages normalised", "before splitting"),
     "compiler": (
         functools.partial(looked_up, add=False),
         functools.partial(looked_up, add=True),
-        "fault of the compiler",
+        "the compiler is at fault",
         "jax.disable_jit()",
     ),
 }
@@ -168,9 +178,9 @@ RATIOS = {"sum": 1 / 4, "twice": 4}
 
 def diagnosed(loss_fn, params, batch, n):
     """The cause from the loss alone, without gradients."""
-    loss_of = jax.jit(lambda call: (loss_fn(*call.diff, *call.batch), ()))
-    call = Call((params,), (batch,), (), (), [])
-    return diagnose(loss_of, call, n, num_devices=1, resolution=1e-6, leaves_agree=None)
+    value_of = jax.jit(lambda call: Results(loss_fn(*call.diff, *call.batch), (), (), ()))
+    call = Call((params,), (batch,), (), (), (), [])
+    return diagnose(value_of, call, n, num_devices=1, resolution=1e-6, value_agrees=False)
 
 
 @pytest.mark.parametrize("name", CAUSES)
@@ -203,10 +213,10 @@ def test_padding_in_few_rows_is_found_wherever_it_is(padded, params, batch):
     assert "unequal weights" in diagnosed(masked, params, {**batch, "mask": jnp.asarray(mask)}, 4)
 
 
-def test_where_nothing_departs_from_a_mean_the_cause_is_unknown(params, batch):
+def test_where_nothing_departs_from_a_mean_it_does_not_split(params, batch):
     batch = {**batch, "mask": jnp.ones((B, T)).at[:, 3:].set(0)}
     for loss_fn in (mean_loss, masked):
-        assert "none of the usual ones" in diagnosed(loss_fn, params, batch, 4)
+        assert "does not split" in diagnosed(loss_fn, params, batch, 4)
 
 
 def test_only_the_leaves_behind_a_faulty_gradient_are_off(params, batch):

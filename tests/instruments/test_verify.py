@@ -1,6 +1,7 @@
 """`verify`: what it compares, with which tolerance, on which dtypes and devices. Causes: test_diagnose.py."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -106,16 +107,103 @@ def test_several_arguments_are_differentiated_and_negative_indices_count_from_th
     assert set(single.leaves) == {"[0]"}
 
 
-def test_aux_carry_and_info_are_set_aside():
+def with_aux(params, batch):
+    """The loss, and aux of every kind, each as the whole batch would have it."""
+    each = losses(params, batch)
+    aux = {
+        "rows": each,
+        "mean": each.mean(),
+        "ratio": optaccum.WeightedMean(batch["x"].sum(), (batch["x"] > 0).sum()),
+        "count": optaccum.Sum((batch["x"] > 0).sum(0)),
+        "largest": optaccum.Max(each.max()),
+        "least": optaccum.Min({"x": batch["x"].min(0)}),
+        "last": optaccum.Last(batch["y"].sum()),
+        "stack": optaccum.Stack(batch["y"].sum()),
+    }
+    return each.mean(), aux
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_aux_is_compared(n):
+    report = optaccum.verify(with_aux, *problem(), num_microbatches=n, has_aux=True)
+    assert report.ok, str(report)
+    names = {"rows", "mean", "ratio", "count", "largest", "last", "stack"}
+    assert {f"aux['{name}']" for name in names} | {"aux['least']['x']"} == {
+        path for path in report.leaves if path.startswith("aux")
+    }
+    assert len(report.leaves) == 3 + 8
+
+
+def aux_of(fn):
+    return lambda params, batch: (mean_loss(params, batch), {"n": fn(batch)})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cause", "right"),
+    [
+        (lambda b: 1.0 * (b["x"] > 0).sum(), "sum over the examples.*wrap it in optaccum.Sum", "Sum"),
+        (lambda b: optaccum.Sum(jnp.square(b["y"]).mean()), "is a mean.*Leave it bare", "mean"),
+        (lambda b: b["x"].sum() / (b["x"] > 0).sum(), r"WeightedMean\(total, weight\)", "WeightedMean"),
+        (lambda b: jnp.sqrt(jnp.square(b["y"]).sum()), "the whole batch in another way", None),
+        (lambda b: optaccum.Max(b["y"].sum()), "as Max does", None),
+    ],
+    ids=["count", "mean", "ratio", "norm", "max"],
+)
+@pytest.mark.parametrize("n", [3, 4])
+def test_aux_that_does_not_combine_as_it_stands_names_the_wrapper_that_would(wrong, cause, right, n):
+    params, batch = problem()
+    report = optaccum.verify(aux_of(wrong), params, batch, num_microbatches=n, has_aux=True)
+    assert not report.ok
+    assert re.search(cause, report.cause, re.IGNORECASE), report.cause
+    assert report.cause.startswith("aux['n']")
+    assert max(error for path, error in report.leaves.items() if not path.startswith("aux")) < report.rtol
+    rights = {
+        "Sum": lambda b: optaccum.Sum((b["x"] > 0).sum()),
+        "mean": lambda b: jnp.square(b["y"]).mean(),
+        "WeightedMean": lambda b: optaccum.WeightedMean(b["x"].sum(), (b["x"] > 0).sum()),
+    }
+    if right:
+        assert optaccum.verify(aux_of(rights[right]), params, batch, num_microbatches=n, has_aux=True).ok
+
+
+def test_carry_and_info():
     params, batch = problem()
 
-    def loss_fn(params, batch, count):
-        return mean_loss(params, batch), (count + 1, {"rows": batch["y"]})
+    def loss_fn(params, batch, carry):
+        carry = {"count": carry["count"] + 1, "mean": 0.9 * carry["mean"] + 0.1 * batch["x"].mean(0)}
+        return mean_loss(params, batch), (carry, {"rows": batch["y"]})
 
-    options = {"num_microbatches": 4, "has_aux": True, "carry_argnum": 2, "return_info": True}
-    report = optaccum.verify(loss_fn, params, batch, 0, **options, track_noise_scale=True)
-    assert report.ok
-    assert len(report.leaves) == 3
+    options = {"num_microbatches": 3, "has_aux": True, "carry_argnum": 2, "return_info": True}
+    carry = {"count": 0, "mean": jnp.ones(D)}
+    report = optaccum.verify(loss_fn, params, batch, carry, **options, track_noise_scale=True)
+    assert report.ok, str(report)
+    beside = {path for path in report.leaves if not path.startswith("[")}
+    assert beside == {"aux['rows']", "carry['count']", "carry['mean']"}
+
+
+def test_a_carry_that_is_not_a_python_loops_is_found(monkeypatch):
+    """As where a compiler errs: the accumulated carry comes back wrong."""
+
+    def loss_fn(params, batch, carry):
+        return mean_loss(params, batch), (carry + batch["x"].mean(), {})
+
+    def wrong(*args, **options):
+        grad_fn = optaccum.value_and_grad(*args, **options)
+
+        def off(*args):
+            (loss, (carry, aux)), grads = grad_fn(*args)
+            return (loss, (1.01 * carry, aux)), grads
+
+        off.options = grad_fn.options
+        return off
+
+    args, options = (*problem(), jnp.float32(1)), {"num_microbatches": 4, "has_aux": True, "carry_argnum": 2}
+    assert optaccum.verify(loss_fn, *args, **options).ok
+    monkeypatch.setattr("optaccum._instruments.verify.value_and_grad", wrong)
+    report = optaccum.verify(loss_fn, *args, **options)
+    assert not report.ok
+    assert report.leaves["carry"] == pytest.approx(0.01, rel=0.01)
+    assert report.cause.startswith("carry is not what the same micro-batches give in a Python loop")
 
 
 def test_terms_with_their_own_denominators():
@@ -123,12 +211,56 @@ def test_terms_with_their_own_denominators():
     batch["mask"] = jnp.arange(B) % 5 > 1
 
     def loss_fn(params, batch):
-        total = (losses(params, batch) * batch["mask"]).sum()
         each = losses(params, batch)
-        rows = optaccum.WeightedMean(each.sum(), each.size)
-        return {"a": optaccum.WeightedMean(total, batch["mask"].sum()), "b": rows}
+        masked = optaccum.WeightedMean((each * batch["mask"]).sum(), batch["mask"].sum())
+        return {"a": masked, "b": optaccum.WeightedMean(each.sum(), each.size)}
 
     assert optaccum.verify(loss_fn, params, batch, num_microbatches=3).ok
+
+
+def presplit(batch, n):
+    """Contiguous micro-batches, of which row 2i belongs to row 2i + 1."""
+    return jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
+
+
+def preferred(params, batch):
+    each = losses(params, batch)
+    return -jax.nn.log_sigmoid(each[0::2] - each[1::2]).mean()
+
+
+def test_with_presplit_everything_is_compared_with_a_python_loop():
+    params, batch = problem()
+    assert "rows that belong together" in optaccum.verify(preferred, params, batch, num_microbatches=4).cause
+    batch = presplit(batch, 4)
+    report = optaccum.verify(preferred, params, batch, presplit=True)
+    assert report.ok, str(report)
+    assert str(report).startswith("4 micro-batches and the same in a Python loop agree")
+    report = optaccum.verify(with_aux, params, batch, presplit=True, has_aux=True)
+    assert report.ok, str(report)
+    assert len(report.leaves) == 3 + 8
+
+    def terms(params, batch, key, carry):
+        each = losses(params, batch) * jax.random.uniform(key, batch["y"].shape)
+        loss = {
+            "a": optaccum.WeightedMean(each.sum(), (batch["y"] > 0).sum()),
+            "b": optaccum.WeightedMean(each[0], 1),
+        }
+        return loss, (carry + each.sum(), {"rows": each, "stack": optaccum.Stack(each.max())})
+
+    for count in (4, 3):
+        args = params, batch, jax.random.key(0), jnp.float32(0), count
+        options = {"has_aux": True, "key_argnum": 2, "carry_argnum": 3, "count_argnum": 4, "presplit": True}
+        report = optaccum.verify(lambda *args: terms(*args[:4]), *args, **options)
+        assert report.ok, str(report)
+        assert set(report.leaves) >= {"carry", "aux['rows']", "aux['stack']"}
+
+    def dropping(params, batch):
+        loss = mean_loss(params, batch)
+        return jnp.where(batch["y"][0] == params_of_nan, jnp.nan, loss), optaccum.Last(batch["y"])
+
+    params_of_nan = batch["y"][2, 0]
+    options = {"presplit": True, "has_aux": True, "skip_nonfinite": True}
+    assert optaccum.verify(dropping, params, batch, **options).ok
 
 
 def in_bf16(loss_fn):

@@ -1,0 +1,238 @@
+"""What accumulated results are compared with: the whole batch's, and the same micro-batches' in a Python loop."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaccum._dtypes import as_summand
+from optaccum._loss import WeightedMean, loss_terms, loss_value, ratio
+from optaccum._scanning.call import Call, Layout, join_call
+from optaccum._scanning.data_axes import over_devices
+from optaccum._scanning.reductions import Last, Max, Min, Stack, Sum, is_wrapper, map_wrappers
+from optaccum._scanning.split import batch_size_of, unshard_rows
+from optaccum._scanning.whole_batch import Options
+
+PyTree = Any
+ResultsOf = Callable[[Call], "Results"]
+
+_REDUCTIONS = {Sum: jnp.sum, Max: jnp.max, Min: jnp.min, Last: lambda x, axis: x[-1]}
+
+
+class Results(NamedTuple):
+    """What a loss gives on a batch."""
+
+    value: jax.Array
+    grads: PyTree
+    carry: PyTree
+    aux: PyTree
+
+    def by_path(self) -> dict[str, jax.Array]:
+        """Its arrays by name: "value", a gradient leaf's key path, and "carry" or "aux" with one."""
+        trees = {"": self.grads, "carry": self.carry, "aux": self.aux}
+        return {"value": self.value} | {
+            name + jax.tree_util.keystr(path): as_numbers(leaf)
+            for name, tree in trees.items()
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+
+class Subject(NamedTuple):
+    """A loss function, and how it is called."""
+
+    loss_fn: Callable[..., Any]
+    options: Options
+    layout: Layout
+    mesh: Any  # that which has the data axes; None without
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Of the data axes."""
+        return {axis: self.mesh.shape[axis] for axis in self.options.data_axes}
+
+    def loss(self, call: Call) -> tuple[Any, PyTree, PyTree]:
+        """(loss, carry, aux) of a call, wrappers and all."""
+        args, kwargs = join_call(self.layout, call)
+        return self.unpack(self.loss_fn(*args, **kwargs))
+
+    def unpack(self, out: Any) -> tuple[Any, PyTree, PyTree]:
+        """(loss, carry, aux) of what the loss, or its value with aux, is."""
+        loss, aux = out if self.options.has_aux else (out, ())
+        if self.options.roles.carry is None:
+            return loss, (), aux
+        return loss, *aux
+
+
+def as_numbers(x: Any) -> jax.Array:
+    """An array; the data of PRNG keys."""
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.asarray(x)
+
+
+def take_rows(call: Call, rows: np.ndarray) -> Call:
+    """A call with these rows of its batch, in this order."""
+    return call._replace(batch=jax.tree.map(lambda x: unshard_rows(x)[rows], call.batch))
+
+
+def micro_batches_of(call: Call, n: int, num_devices: int) -> list[PyTree]:
+    """Micro-batch i holds `rows[i::n]` of each device's rows."""
+    by_device = np.arange(batch_size_of(call.batch)).reshape(num_devices, -1)
+    return [take_rows(call, by_device[:, i::n].ravel()).batch for i in range(n)]
+
+
+def whole_batch(subject: Subject) -> tuple[ResultsOf, ResultsOf]:
+    """Functions of a call: its value and carry, and all its results, as JAX gives them; the key is micro-batch 0's."""
+
+    def results_of(diff, call):
+        key = jax.tree.map(lambda key: jax.random.fold_in(key, 0), call.key)
+        loss, carry, aux = subject.loss(call._replace(diff=diff, key=key))
+        value = loss_value(loss_terms(loss, 1.0))
+        return value, Results(value, (), carry, map_wrappers(_whole_value, aux))
+
+    gradient_of = jax.jit(jax.grad(results_of, has_aux=True))
+
+    def all_of(call):
+        grads, results = gradient_of(call.diff, call._replace(diff=()))
+        return results._replace(grads=grads[0] if subject.options.one_argnum else grads)
+
+    return jax.jit(lambda call: results_of(call.diff, call)[1]), all_of
+
+
+def _whole_value(wrapper: Any) -> Any:
+    """What a leaf of aux comes back as from one micro-batch; None where that says nothing of several."""
+    if isinstance(wrapper, WeightedMean):
+        return jax.tree.map(lambda total: ratio(as_summand(total), as_summand(wrapper.weight)), wrapper.total)
+    if isinstance(wrapper, Last | Stack):
+        return None
+    return wrapper.value if is_wrapper(wrapper) else wrapper
+
+
+def python_loop(subject: Subject) -> Callable[[Call, Sequence[PyTree], int], Results]:
+    """A function of a call, its micro-batches and how many of them count: their results, one after the other.
+
+    With `data_axes` each device takes its own rows of each. Where several micro-batches are the library's, and may
+    differ in size, only what `Last` and `Stack` hold is kept of aux.
+    """
+    options = subject.options
+
+    def on_one_device(batch_and_carry, index, count, call):
+        """Terms, the gradient of each, carry, aux, and whether all that counts; leaves lead with this one device."""
+        batch, carry = batch_and_carry
+        carry, key = jax.tree.map(lambda x: x[0], carry), call.key
+        for i in (index, *([jax.lax.axis_index(options.data_axes)] if options.data_axes else [])):
+            key = jax.tree.map(lambda key, i=i: jax.random.fold_in(key, i), key)
+
+        def totals_of(diff):
+            loss, new_carry, aux = subject.loss(call._replace(diff=diff, batch=batch, key=key, carry=carry))
+            terms = loss_terms(loss, float(batch_size_of(batch)))
+            return {name: term.total for name, term in terms.items()}, (terms, new_carry, aux)
+
+        totals, pull_back, (terms, new_carry, aux) = jax.vjp(totals_of, call.diff, has_aux=True)
+        zeros = jax.tree.map(jnp.zeros_like, totals)
+        grads = {name: pull_back(zeros | {name: jnp.ones_like(totals[name])})[0] for name in totals}
+        kept = index < count
+        if options.skip_nonfinite:
+            kept &= jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves((terms, grads))]).all()
+        new_carry = jax.tree.map(lambda new, old: jnp.where(kept, new, old), new_carry, carry)
+        grads = jax.tree.map(lambda g: jnp.where(kept, as_summand(g), 0), grads)
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], (grads, new_carry, (terms, aux, kept)))
+
+    if subject.axis_sizes:
+        mapped = over_devices(
+            lambda *args: ((), on_one_device(*args)), subject.mesh, options.data_axes, batch_axis=0
+        )
+        step = jax.jit(lambda *args: mapped(*args)[1])
+    else:
+        step = jax.jit(on_one_device)
+
+    def results_of(call, micro_batches, count):
+        num_devices = math.prod(subject.axis_sizes.values())
+        carry = jax.tree.map(lambda x: jnp.stack([x] * num_devices), call.carry)
+        is_max = _is_max(options, call.diff)
+        grads: dict[str, PyTree] = {}
+        parts, others = [], call._replace(batch=(), carry=())
+        for index, batch in enumerate(micro_batches):
+            new, carry, (terms, aux, kept) = step((batch, carry), jnp.int32(index), jnp.int32(count), others)
+            grads = {name: _add(grads[name], new[name], is_max) for name in new} if index else new
+            if len(micro_batches) > 1 and not options.presplit:
+                aux = map_wrappers(lambda x: x if isinstance(x, Last | Stack) else None, aux)
+            parts.append(jax.tree.map(lambda x: np.asarray(as_numbers(x)), (terms, aux, kept)))
+        terms, aux, kept = jax.tree.map(lambda *xs: np.stack(xs, 1), *parts)
+        which = np.nonzero(kept)  # device by device
+
+        def total(x):
+            return jnp.sum(as_summand(x[which]), axis=0)
+
+        terms = {name: WeightedMean(total(term.total), total(term.weight)) for name, term in terms.items()}
+        return Results(
+            value=loss_value(terms),
+            grads=_divide(grads, terms, is_max)[0] if options.one_argnum else _divide(grads, terms, is_max),
+            carry=jax.tree.map(functools.partial(_of_all_devices, options.skip_nonfinite), carry),
+            aux=map_wrappers(functools.partial(_of_all, which, count, options.presplit), aux),
+        )
+
+    return results_of
+
+
+def _is_max(options: Options, diff: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+    """For each leaf whether its gradients are reduced to their maximum."""
+
+    def is_max(path, leaf):
+        return options.grad_reduction_fn is not None and options.grad_reduction_fn(path, leaf) == "max"
+
+    tree = jax.tree_util.tree_map_with_path(is_max, diff[0] if options.one_argnum else diff)
+    return (tree,) if options.one_argnum else tree
+
+
+def _add(grads: PyTree, new: PyTree, is_max: PyTree) -> PyTree:
+    return jax.tree.map(lambda g, x, m: jnp.maximum(g, x) if m else g + x, grads, new, is_max)
+
+
+def _divide(grads: dict[str, PyTree], terms: dict[str, WeightedMean], is_max: PyTree) -> PyTree:
+    """Each term's gradients, of shape (devices, ...), over its weight, added up; maxima are alike in every term."""
+
+    def divide(largest, *by_term):
+        if largest:
+            return jnp.max(by_term[0], axis=0)
+        means = [
+            ratio(jnp.sum(g, axis=0), terms[name].weight) for name, g in zip(grads, by_term, strict=True)
+        ]
+        return functools.reduce(jnp.add, means)
+
+    return jax.tree.map(divide, is_max, *grads.values())
+
+
+def _of_all_devices(skips: bool, x: jax.Array) -> jax.Array:
+    """A carry's leaf, from shape (devices, ...): one that is not alike, if there is one that has to be."""
+    x = as_numbers(x)
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.mean(as_summand(x), axis=0)
+    if skips and x.dtype != jnp.bool_:
+        return jnp.max(x, axis=0)
+    x = jnp.asarray(np.asarray(x))
+    return next((own for own in x if (own != x[0]).any()), x[0])
+
+
+def _of_all(which: Any, count: int, presplit: bool, x: Any) -> Any:
+    """A leaf of aux, from shape (devices, micro-batches, ...); those at the indices `which` are kept."""
+
+    def ran(x):
+        return jnp.where((np.arange(x.shape[1]) < count).reshape(-1, *(1,) * (x.ndim - 2)), x, 0)
+
+    def total(x):
+        return jnp.sum(as_summand(x[which]), axis=0)
+
+    if isinstance(x, WeightedMean):
+        return jax.tree.map(lambda leaf: ratio(total(leaf), total(x.weight)), x.total)
+    if isinstance(x, Stack):
+        return jax.tree.map(lambda leaf: ran(leaf).reshape(-1, *leaf.shape[2:]), x.value)
+    if is_wrapper(x):
+        return jax.tree.map(lambda leaf: _REDUCTIONS[type(x)](as_summand(leaf[which]), axis=0), x.value)
+    if x.ndim == 2:
+        return total(x) / len(which[0])
+    rows = ran(x).swapaxes(0, 1)
+    rows = rows.reshape(rows.shape[0], -1, *rows.shape[3:])
+    return rows if presplit else rows[0]

@@ -5,11 +5,13 @@ VENV ?= .venv
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
+# Apart from the tests' environment, in which JAX would look for the accelerators.
+COMPILERS := $(VENV)-compilers
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test test-all test-wheel mutants faults check format bench docs figures dist clean FORCE
+.PHONY: help quickstart test test-all test-wheel mutants faults check format bench compilers bench-compiled docs figures dist clean FORCE
 
 help: ## Say what can be made
 	@echo "usage: make TARGET [PYTHON=python3] [VENV=.venv] [WORKERS=2]"
@@ -45,6 +47,14 @@ format: $(VENV)/.installed-dev ## Format, and fix what lint can fix
 bench: $(VENV)/.installed-bench ## Measure against the peers
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+compilers: ## Compile for TPU and H100, which need not be here; check memory and collectives
+	@$(MAKE) --no-print-directory VENV=$(COMPILERS) $(COMPILERS)/.installed-compilers
+	@$(COMPILERS)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/compilers $(ARGS)
+
+bench-compiled: ## Write what these compilers say into the benchmark's results
+	@$(MAKE) --no-print-directory VENV=$(COMPILERS) $(COMPILERS)/.installed-compilers
+	@$(COMPILERS)/bin/python -m benchmarks.compiled
+
 docs: $(VENV)/.installed-docs ## Build the documentation into site/, strictly and without the network
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
 	@echo "The documentation: site/index.html"
@@ -58,7 +68,7 @@ dist: $(VENV)/.installed-dist ## Build a wheel and a source release into dist/, 
 	@$(BIN)/python -m twine check --strict dist/*
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) figures site build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(COMPILERS) figures site build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made anew when PYTHON is another version, and an extra is installed again when pyproject.toml changes.

@@ -42,6 +42,7 @@ def _normalize(x: jax.Array) -> jax.Array:
 
 def _layer(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
     rows, length, d = x.shape
+    w = jax.tree.map(lambda p: p.astype(x.dtype), w)
     heads = max(1, d // HEAD_WIDTH)
     q, k, v = jnp.split((_normalize(x) @ w["qkv"]).reshape(rows, length, 3 * heads, -1), 3, axis=2)
     attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
@@ -49,15 +50,18 @@ def _layer(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
     return x + jax.nn.gelu(_normalize(x) @ w["up"]) @ w["down"], None
 
 
-def loss_fn(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the next token; every layer is computed again in the backward pass."""
-    x = params["embed"][tokens[:, :-1]]
+def loss_fn(params: dict[str, Any], tokens: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """Mean cross-entropy of the next token; every layer is computed again in the backward pass.
+
+    It computes in `dtype`, None being the parameters' own.
+    """
+    x = params["embed"][tokens[:, :-1]].astype(dtype or params["embed"].dtype)
     layer = jax.checkpoint(_layer)
     if isinstance(params["layers"], list):
         for weights in params["layers"]:
             x, _ = layer(x, weights)
     else:
         x, _ = lax.scan(layer, x, params["layers"])
-    logits = (_normalize(x) @ params["embed"].T).astype(jnp.float32)
+    logits = (_normalize(x) @ params["embed"].T.astype(x.dtype)).astype(jnp.float32)
     log_probs = jax.nn.log_softmax(logits)
     return -jnp.mean(jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1))

@@ -12,6 +12,7 @@ library; --data takes any text.
   one TPU VM       python examples/tpu_data_parallel.py --checkpoints gs://bucket/run
   a TPU pod        the same on every host, with --distributed
   a laptop         python examples/tpu_data_parallel.py --simulate-devices 8 --model-devices 2
+  before any       python examples/tpu_data_parallel.py --compile-for v5e:16x16 --batch-size 1024 --memory
 
 docs/running.md says more. Process 0 prints, and draws figures/tpu_data_parallel.png.
 """
@@ -25,8 +26,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import _common
+import _compile_for
 import _hosts
 import _sharded_transformer as transformer
+import _targets
 import _text
 import grain
 import jax
@@ -81,7 +84,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument("--bfloat16", action="store_true", help="compute in it; sums stay float32")
     model.add_argument("--model-devices", type=count, default=1, help=f"that share a layer {default}")
     _hosts.add_arguments(parser)
+    _compile_for.add_arguments(parser)
     args = parser.parse_args(argv)
+    if args.memory is not None and not args.compile_for:
+        parser.error("--memory goes with --compile-for")
     if args.width % args.heads or args.heads % args.model_devices:
         parser.error(
             f"--model-devices {args.model_devices} must divide --heads {args.heads}, which must divide "
@@ -147,8 +153,8 @@ def make_step(args: argparse.Namespace, tx: optax.GradientTransformationExtraArg
     return step
 
 
-def initial_state(args: argparse.Namespace, tx: optax.GradientTransformationExtraArgs, mesh: Mesh) -> PyTree:
-    """Parameters and optimizer state, made where they will live: no host ever holds all of a large model."""
+def make_init(args: argparse.Namespace, tx: optax.GradientTransformationExtraArgs, mesh: Mesh) -> Any:
+    """From a key to parameters and optimizer state, made where they will live: no host ever holds a large model."""
     size = transformer.Size(args.layers, args.width, args.heads, args.length)
     shardings = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), transformer.SPECS, is_leaf=lambda x: isinstance(x, P)
@@ -158,15 +164,14 @@ def initial_state(args: argparse.Namespace, tx: optax.GradientTransformationExtr
         params = jax.lax.with_sharding_constraint(transformer.init_params(size, key), shardings)
         return {"params": params, "opt_state": tx.init(params)}
 
-    key = jax.random.key(args.seed)
     like_params = optax.tree.map_params(
         tx,
         lambda _, sharding: sharding,
-        jax.eval_shape(init, key)["opt_state"],
+        jax.eval_shape(init, jax.random.key(args.seed))["opt_state"],
         shardings,
         transform_non_params=lambda _: NamedSharding(mesh, P()),
     )
-    return jax.jit(init, out_shardings={"params": shardings, "opt_state": like_params})(key)
+    return jax.jit(init, out_shardings={"params": shardings, "opt_state": like_params})
 
 
 def open_checkpoints(folder: epath.Path | None) -> ocp.CheckpointManager | None:
@@ -176,12 +181,28 @@ def open_checkpoints(folder: epath.Path | None) -> ocp.CheckpointManager | None:
     return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
 
-def compile_step(step: Callable[..., Any], state: PyTree, rows: Any, stop: Any) -> jax.stages.Compiled:
-    """The step's program; what it returns lives where it came from, and in the same memory."""
+def jit_step(step: Callable[..., Any], state: PyTree, mesh: Mesh) -> Any:
+    """The step, jitted; what it returns lives where it came from, and in the same memory."""
     kept = jax.tree.map(lambda x: x.sharding, (state["params"], state["opt_state"]))
-    everywhere = NamedSharding(rows.sharding.mesh, P())
-    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*kept, everywhere))
-    return jitted.lower(state["params"], state["opt_state"], rows, stop).compile()
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*kept, NamedSharding(mesh, P())))
+
+
+def compile_for(args: argparse.Namespace) -> _compile_for.CompiledFor:
+    """What one call needs on devices that are not here."""
+    target = _targets.find(args.compile_for)
+    mesh, tx = _compile_for.make_mesh(target, args.model_devices, args.batch_size), make_optimizer(args)
+    state = jax.eval_shape(make_init(args, tx, mesh), jax.random.key(args.seed))
+    by_row = NamedSharding(mesh, P("data"))
+    rows = jax.ShapeDtypeStruct((args.batch_size, args.length + 1), np.uint8, sharding=by_row)
+    stop = jax.ShapeDtypeStruct((args.batch_size,), np.bool_, sharding=by_row)
+
+    def make_jitted(num_microbatches):
+        varied = argparse.Namespace(**vars(args) | {"microbatches": num_microbatches})
+        return jit_step(make_step(varied, tx), state, mesh)
+
+    rows_per_device = args.batch_size // mesh.shape["data"]
+    step_args = state["params"], state["opt_state"], rows, stop
+    return _compile_for.report(target, make_jitted, step_args, args.microbatches, rows_per_device, args.memory)
 
 
 def note(record: dict[str, Any], metrics: PyTree, bar: Any, num_rows: int, began: float) -> bool:
@@ -223,7 +244,8 @@ def run_calls(run: Run, first_call: int, state: PyTree, record: dict[str, Any]) 
     ):
         rows, stop = to_devices(local_rows), to_devices(np.full(len(local_rows), bool(run.stop_wishes)))
         if compiled is None:
-            compiled = compile_step(run.step, state, rows, stop)
+            jitted = jit_step(run.step, state, run.mesh)
+            compiled = jitted.lower(state["params"], state["opt_state"], rows, stop).compile()
             _hosts.wait_for_all("compiled", args.timeout)  # links between hosts time out earlier
             began = time.perf_counter()
         params, opt_state, metrics = compiled(state["params"], state["opt_state"], rows, stop)
@@ -253,7 +275,9 @@ def train(args: argparse.Namespace) -> Result:
         manager = open_checkpoints(args.checkpoints)
         stack.callback(lambda: manager and manager.close())
         record = {"settings": settings, "starts": [], "losses": [], "tokens": [], "seconds": []}
-        first_call, state, record = _common.restore(manager, initial_state(args, tx, mesh), record)
+        first_call, state, record = _common.restore(
+            manager, make_init(args, tx, mesh)(jax.random.key(args.seed)), record
+        )
         record["starts"].append(first_call)
         _hosts.say(
             f"{jax.process_count()} hosts, {dict(mesh.shape)} devices, {len(rows):,} rows of text; "
@@ -302,9 +326,12 @@ def draw(result: Result, args: argparse.Namespace) -> None:
     _common.save_figure(figure, args.figure)
 
 
-def main(argv: Sequence[str] | None = None) -> Result:
-    """Train, and draw the training so far."""
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Train, and draw the training so far; or say what it would need."""
     args = parse(argv)
+    if args.compile_for:
+        jax.config.update("jax_platforms", "cpu")
+        return compile_for(args)
     _hosts.start(args)
     result = train(args)
     _hosts.say(

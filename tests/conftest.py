@@ -1,6 +1,7 @@
 """Eight simulated devices, and the comparisons that every test file shares."""
 
 import os
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
+    """Whether to pass over a folder: tests/compilers (`make compilers`) runs where it is named, as it wants more."""
+    is_named = any("compilers" in pathlib.PurePath(arg).parts for arg in config.args)
+    return True if collection_path.name == "compilers" and not is_named else None
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,237 @@
+"""What the compilers of TPU v5e and H100 make of the library and its peers; no accelerator is needed.
+
+`make bench-compiled` writes the section of RESULTS.md, and leaves the others as they are. The tests in
+tests/compilers assert on the same programs.
+"""
+
+import functools
+import importlib.metadata
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from tqdm import tqdm
+
+import optaccum
+from benchmarks import scanning, sizes as all_sizes, streaming, transformer
+from benchmarks.measure import MIB, num_bytes, temp_bytes
+from benchmarks.report import Section, Table, Target, section_markdown
+from benchmarks.traffic import Traffic, count_traffic
+from examples._targets import find
+
+RESULTS = pathlib.Path(__file__).parent / "RESULTS.md"
+TITLE = "As compiled for TPU v5e and H100"
+TARGETS = {"TPU v5e": "v5e:1x1", "H100": "h100:1x1x1"}
+POD_TARGETS = {"TPU v5e": "v5e:2x4", "H100": "h100:1x1x8"}
+# At least 100 MiB of parameters, since TPU's compiler hides smaller buffers in other memory.
+SIZES = all_sizes.CPU._replace(stream_width=1024, stream_layers=4, width=1536, num_layers=4, vocabulary=8192, length=512)
+
+ALONE, HAND, OPTAX, OURS = "one micro-batch alone", scanning.HAND, scanning.OPTAX, scanning.OURS
+DATA_AXES = "optaccum, data_axes"
+STREAMING = (streaming.MULTI, streaming.HAND, streaming.OURS, streaming.STANDARD)
+INNER = {
+    "AdamW": lambda: optax.adamw(1e-3),
+    "Lion": lambda: optax.lion(1e-3),
+    "momentum": lambda: optax.sgd(1e-3, momentum=0.9),
+    "Muon": lambda: optax.contrib.muon(1e-3),
+}
+
+
+class Program(NamedTuple):
+    """A function to compile, with the shapes of its arguments, the parameters (or their sum) first."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    donate: tuple[int, ...] = ()
+    batch: int | None = None  # the argument that is sharded over devices
+
+    def compile(self, target: str, axis_type: AxisType = AxisType.Auto) -> Any:
+        devices = find(target).devices
+        mesh = Mesh(devices, ("data",), axis_types=(axis_type,))
+        args = [
+            jax.tree.map(functools.partial(_placed, NamedSharding(mesh, P("data") if i == self.batch else P())), arg)
+            for i, arg in enumerate(self.args)
+        ]
+        with jax.set_mesh(mesh):
+            return jax.jit(self.fn, donate_argnums=self.donate).lower(*args).compile()
+
+
+def _placed(sharding: NamedSharding, x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def temp_copies(compiled: Any, params: Any) -> float:
+    """Temp memory in copies of the parameters."""
+    return temp_bytes(compiled) / num_bytes(params)
+
+
+def streaming_programs(name: str, inner: Any, k: int = SIZES.k) -> list[Program]:
+    """What one call of a window runs; of the hand-written pair, what each call runs and what the last one runs."""
+    params = jax.eval_shape(lambda: streaming.make_params(SIZES.stream_width, SIZES.stream_layers))
+    if name == streaming.HAND:
+        state = jax.eval_shape(inner.init, params)
+        add = Program(lambda total, grads: jax.tree.map(jnp.add, total, grads), (params, params), (0,))
+
+        def update(params, state, total):
+            updates, state = inner.update(jax.tree.map(lambda g: g * (1 / k), total), state, params)
+            return optax.apply_updates(params, updates), state, jax.tree.map(jnp.zeros_like, total)
+
+        return [add, Program(update, (params, state, params), (0, 1, 2))]
+    multi: Any = optax.MultiSteps(inner, k)
+    tx = multi if name == streaming.MULTI else optaccum.accumulate(inner, k)
+
+    def step(params, state, grads):
+        if name == streaming.OURS:
+            return optaccum.apply_gradients(tx, grads, state, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return [Program(step, (params, jax.eval_shape(tx.init, params), params), (0, 1))]
+
+
+def _loss(params: Any, tokens: jax.Array) -> jax.Array:
+    return transformer.loss_fn(params, tokens, jnp.dtype(jnp.bfloat16))
+
+
+def _weighted_loss(params: Any, tokens: jax.Array) -> optaccum.WeightedMean:
+    """The mean over tokens that are no padding, as a ratio of sums."""
+    weight = jnp.sum(tokens != 0)
+    return optaccum.WeightedMean(_loss(params, tokens) * weight, weight)
+
+
+def transformer_program(name: str, *, scanned: bool, step: bool) -> Program:
+    """The gradients of a transformer's loss, or a training step with AdamW, on one device."""
+    params = jax.eval_shape(lambda: transformer.make_params(SIZES, scanned))
+    rows = SIZES.batch_size // SIZES.k if name == ALONE else SIZES.batch_size
+    tokens = jax.ShapeDtypeStruct((rows, SIZES.length + 1), jnp.int32)
+    grad_fn = scanning.make_grad_fn(scanning.WHOLE if name == ALONE else name, SIZES.k, SIZES.batch_size, _loss)
+    if not step:
+        return Program(grad_fn, (params, tokens))
+
+    optimizer = optax.adamw(1e-3)
+
+    def train_step(params, state, tokens):
+        _, grads = grad_fn(params, tokens)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return Program(train_step, (params, jax.eval_shape(optimizer.init, params), tokens), (0, 1))
+
+
+def data_parallel_program(name: str, num_devices: int = 8) -> Program:
+    """The gradients of a scanned transformer's loss, of as many rows on each device as on one alone."""
+    params = jax.eval_shape(lambda: transformer.make_params(SIZES, True))
+    batch_size = num_devices * SIZES.batch_size
+    tokens = jax.ShapeDtypeStruct((batch_size, SIZES.length + 1), jnp.int32)
+    if name in (OURS, DATA_AXES):
+        axes = "data" if name == DATA_AXES else None
+        grad_fn = optaccum.value_and_grad(_weighted_loss, num_microbatches=SIZES.k, data_axes=axes)
+    else:
+        grad_fn = scanning.make_grad_fn(name, SIZES.k, batch_size, _loss)
+    return Program(grad_fn, (params, tokens), batch=1)
+
+
+def run() -> Section:
+    with tqdm(total=len(INNER) * len(STREAMING) * 2 + 2 * 2 * 4 * 2 + 4 * 2, unit="program") as bar:
+        tables = [_streaming_table(name, make(), bar) for name, make in INNER.items()]
+        tables += [
+            _transformer_table(scanned, step, bar) for scanned in (True, False) for step in (False, True)
+        ]
+        tables.append(_data_parallel_table(bar))
+    return Section(TITLE, _text(), tables, [])
+
+
+def _streaming_table(name: str, inner: Any, bar: tqdm) -> Table:
+    header = [f"{name}, streaming"]
+    for device in TARGETS:
+        header += [f"{device}: temp", "each call", "update", f"window of {SIZES.k}"]
+    rows = []
+    for contender in STREAMING:
+        cells = [contender]
+        for target in TARGETS.values():
+            programs = streaming_programs(contender, inner)
+            size = num_bytes(programs[0].args[0])
+            compiled = [program.compile(target) for program in programs]
+            traffic = [count_traffic(program.as_text()) for program in compiled]
+            if contender == streaming.HAND:
+                traffic = [Traffic(traffic[0].each_call, sum(traffic[1]))]
+            each, emit = (number / size for number in traffic[0])
+            temp = max(temp_bytes(program) for program in compiled) / size
+            cells += [f"{temp:.2f}", f"{each:.1f}", f"{emit:.1f}", f"{SIZES.k * each + emit:.0f}"]
+            bar.update()
+        rows.append(tuple(cells))
+    return Table(tuple(header), rows)
+
+
+def _transformer_table(scanned: bool, step: bool, bar: tqdm) -> Table:
+    header = (scanning.kind(scanned, step), *(f"{device}: temp" for device in TARGETS))
+    rows = []
+    for contender in (ALONE, HAND, OPTAX, OURS):
+        program, cells = transformer_program(contender, scanned=scanned, step=step), [contender]
+        for target in TARGETS.values():
+            cells.append(f"{temp_copies(program.compile(target), program.args[0]):.2f}")
+            bar.update()
+        rows.append(tuple(cells))
+    return Table(header, rows)
+
+
+def _data_parallel_table(bar: tqdm) -> Table:
+    header = ["8 devices, gradients"]
+    for device in POD_TARGETS:
+        header += [f"{device}: temp", "collectives in loops", "outside"]
+    rows = []
+    for contender in (HAND, OPTAX, OURS, DATA_AXES):
+        program, cells = data_parallel_program(contender), [contender]
+        for target in POD_TARGETS.values():
+            compiled = program.compile(target)
+            counts = optaccum.count_collectives(compiled)
+            cells += [f"{temp_copies(compiled, program.args[0]):.2f}", _listed(counts.in_loops), _listed(counts.outside)]
+            bar.update()
+        rows.append(tuple(cells))
+    return Table(tuple(header), rows)
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+
+
+def _text() -> str:
+    scanned, streamed = (
+        num_bytes(program.args[0])
+        for program in (transformer_program(OURS, scanned=True, step=False), streaming_programs(OURS, INNER["AdamW"]())[0])
+    )
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu", "jax-cuda12-pjrt", "optax")
+    )
+    return (
+        f"By the accelerators' own compilers, on a machine without either ({versions}); `make bench-compiled` writes "
+        "this section. Nothing is run, so there are no times. Temp is in copies of the parameters.\n\n"
+        f"Streaming: {streamed / MIB:.0f} MiB of float32 parameters, gradients given, parameters and state donated. "
+        "The other columns are passes over a copy of the parameters in the device's main memory, read or written, "
+        "counted from the compiled program: what each instruction reads and writes outside fusions, a TPU's on-chip "
+        "memory aside. Each call: in every call; update: what the call that ends the window adds; and the sum over a "
+        "window. (An addition alone makes three: two reads and a write.)\n\n"
+        f"Transformers: {SIZES.num_layers} layers of width {SIZES.width}, {scanned / MIB:.0f} MiB of float32 parameters, "
+        f"computing in bf16, each layer rematerialised; {SIZES.batch_size} sequences of {SIZES.length} tokens in "
+        f"{SIZES.k} micro-batches, sums in float32. A training step is the gradients and AdamW, with donated arguments. "
+        "On 8 devices each has as many rows as the one; ours is a loss weighted by tokens."
+    )
+
+
+def replace_section(results: str, section: str) -> str:
+    """The results with this section in the place of the one with its title, or at the end."""
+    title = section.partition("\n")[0]
+    kept = re.sub(rf"^{re.escape(title)}\n.*?(?=^## |\Z)", lambda _: section.strip() + "\n\n", results, flags=re.M | re.S)
+    if title not in results:
+        kept = results.rstrip() + "\n\n" + section.strip()
+    return kept.rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    RESULTS.write_text(replace_section(RESULTS.read_text(), section_markdown(run())))

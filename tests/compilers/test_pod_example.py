@@ -1,0 +1,30 @@
+"""examples/tpu_data_parallel.py --compile-for: what a pod would need that is not there."""
+
+import pytest
+import tpu_data_parallel
+
+SMALL = ["--layers", "2", "--width", "256", "--length", "128", "--batch-size", "512", "--bfloat16"]
+
+
+@pytest.mark.parametrize(("target", "number"), [("v5e:16x16", 256), ("h100:1x1x8", 8)])
+def test_says_what_a_pod_would_need(target, number, capsys):
+    found = tpu_data_parallel.main([*SMALL, "--compile-for", target])
+    text = capsys.readouterr().out
+    assert f"{target}, {number} devices, --microbatches 2; on each device:" in text
+    assert "crosses in loops: nothing" in text
+    assert found.num_devices == number
+    assert found.num_bytes > found.donated_bytes > 4 * 4 * 12 * 2 * 256**2  # parameters, sum and Adam's moments
+    assert found.collectives.outside["all-reduce"] >= 1
+    assert found.collectives.bytes_outside["all-reduce"] >= 4 * 12 * 2 * 256**2
+    assert found.plan is None
+
+
+def test_finds_the_fewest_micro_batches_that_fit(capsys):
+    whole = tpu_data_parallel.main([*SMALL, "--compile-for", "h100:1x1x8", "--memory"])
+    assert whole.plan.num_microbatches == 1
+    gib = (whole.num_bytes - 2**22) / 2**30
+    split = tpu_data_parallel.main([*SMALL, "--compile-for", "h100:1x1x8", "--memory", str(gib)])
+    assert split.plan.num_microbatches > 1
+    assert split.num_bytes < gib * 2**30 < whole.num_bytes
+    assert "<- the fewest that fit" in capsys.readouterr().out
+    assert not split.collectives.in_loops

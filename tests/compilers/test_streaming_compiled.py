@@ -1,0 +1,54 @@
+"""Streaming on the accelerators' compilers: memory, passes over it, donated buffers, host transfers."""
+
+import jax
+import pytest
+from programs import CHIPS, aliased_share, host_transfers
+
+from benchmarks.compiled import INNER, Program, streaming_programs, temp_copies
+from benchmarks.measure import num_bytes
+from benchmarks.streaming import MULTI, OURS, STANDARD
+from benchmarks.traffic import count_traffic
+
+
+@pytest.mark.parametrize("target", CHIPS)
+def test_apply_gradients_touches_the_sum_alone_until_it_emits(target):
+    (program,) = streaming_programs(OURS, INNER["AdamW"]())
+    params, state, _ = program.args
+    compiled = program.compile(target)
+    assert temp_copies(compiled, params) < 0.05
+    assert aliased_share(compiled, params, state) > 0.999
+    assert not host_transfers(compiled)
+    each_call, emit = (number / num_bytes(params) for number in count_traffic(compiled.as_text()))
+    assert 3 <= each_call < 3.4  # two reads and a write; TPU reads some of the sum ahead, for an emit that may not come
+    assert 6 < emit < 7.1
+
+    undonated = program._replace(donate=()).compile(target)
+    assert aliased_share(undonated, params, state) == 0
+    assert temp_copies(undonated, params) + 4 > temp_copies(compiled, params) + 3.9
+
+
+@pytest.mark.parametrize("target", CHIPS)
+def test_multi_steps_runs_the_optimizer_in_every_call_but_holds_nothing_besides(target):
+    (program,) = streaming_programs(MULTI, INNER["AdamW"]())
+    compiled = program.compile(target)
+    each_call, emit = (number / num_bytes(program.args[0]) for number in count_traffic(compiled.as_text()))
+    assert each_call >= 8.9
+    assert emit == 0
+    assert temp_copies(compiled, program.args[0]) < 0.05  # three copies on CPU
+
+
+@pytest.mark.parametrize("target", CHIPS)
+def test_update_holds_its_updates(target):
+    (program,) = streaming_programs(STANDARD, INNER["AdamW"]())
+    compiled = program.compile(target)
+    assert 0.95 < temp_copies(compiled, program.args[0]) < 1.1
+    each_call, _ = count_traffic(compiled.as_text())
+    assert 6.9 < each_call / num_bytes(program.args[0]) < 7.4
+
+
+@pytest.mark.parametrize("target", CHIPS)
+def test_a_transfer_to_the_host_is_seen(target):
+    args = (jax.ShapeDtypeStruct((1024, 1024), "float32"),)
+    sends = Program(lambda x: jax.device_put(x + 1, jax.memory.Space.Host), args)
+    assert host_transfers(sends.compile(target))
+    assert not host_transfers(Program(lambda x: x + 1, args).compile(target))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import optaccum
 from benchmarks import scanning, sizes as all_sizes, streaming, transformer
 from benchmarks.measure import MIB, num_bytes, temp_bytes
-from benchmarks.report import Section, Table, Target, section_markdown
+from benchmarks.report import Section, Table, section_markdown
 from benchmarks.traffic import Traffic, count_traffic
 from examples._targets import find
 
@@ -29,7 +29,9 @@ TITLE = "As compiled for TPU v5e and H100"
 TARGETS = {"TPU v5e": "v5e:1x1", "H100": "h100:1x1x1"}
 POD_TARGETS = {"TPU v5e": "v5e:2x4", "H100": "h100:1x1x8"}
 # At least 100 MiB of parameters, since TPU's compiler hides smaller buffers in other memory.
-SIZES = all_sizes.CPU._replace(stream_width=1024, stream_layers=4, width=1536, num_layers=4, vocabulary=8192, length=512)
+SIZES = all_sizes.CPU._replace(
+    stream_width=1024, stream_layers=4, width=1536, num_layers=4, vocabulary=8192, length=512
+)
 
 ALONE, HAND, OPTAX, OURS = "one micro-batch alone", scanning.HAND, scanning.OPTAX, scanning.OURS
 DATA_AXES = "optaccum, data_axes"
@@ -54,7 +56,9 @@ class Program(NamedTuple):
         devices = find(target).devices
         mesh = Mesh(devices, ("data",), axis_types=(axis_type,))
         args = [
-            jax.tree.map(functools.partial(_placed, NamedSharding(mesh, P("data") if i == self.batch else P())), arg)
+            jax.tree.map(
+                functools.partial(_placed, NamedSharding(mesh, P("data") if i == self.batch else P())), arg
+            )
             for i, arg in enumerate(self.args)
         ]
         with jax.set_mesh(mesh):
@@ -109,7 +113,9 @@ def transformer_program(name: str, *, scanned: bool, step: bool) -> Program:
     params = jax.eval_shape(lambda: transformer.make_params(SIZES, scanned))
     rows = SIZES.batch_size // SIZES.k if name == ALONE else SIZES.batch_size
     tokens = jax.ShapeDtypeStruct((rows, SIZES.length + 1), jnp.int32)
-    grad_fn = scanning.make_grad_fn(scanning.WHOLE if name == ALONE else name, SIZES.k, SIZES.batch_size, _loss)
+    grad_fn = scanning.make_grad_fn(
+        scanning.WHOLE if name == ALONE else name, SIZES.k, SIZES.batch_size, _loss
+    )
     if not step:
         return Program(grad_fn, (params, tokens))
 
@@ -169,7 +175,7 @@ def _streaming_table(name: str, inner: Any, bar: tqdm) -> Table:
 
 
 def _transformer_table(scanned: bool, step: bool, bar: tqdm) -> Table:
-    header = (scanning.kind(scanned, step), *(f"{device}: temp" for device in TARGETS))
+    header = (scanning.title_of(scanned, step), *(f"{device}: temp" for device in TARGETS))
     rows = []
     for contender in (ALONE, HAND, OPTAX, OURS):
         program, cells = transformer_program(contender, scanned=scanned, step=step), [contender]
@@ -190,20 +196,26 @@ def _data_parallel_table(bar: tqdm) -> Table:
         for target in POD_TARGETS.values():
             compiled = program.compile(target)
             counts = optaccum.count_collectives(compiled)
-            cells += [f"{temp_copies(compiled, program.args[0]):.2f}", _listed(counts.in_loops), _listed(counts.outside)]
+            cells += [
+                f"{temp_copies(compiled, program.args[0]):.2f}",
+                *map(_listed, (counts.in_loops, counts.outside), counts[2:]),
+            ]
             bar.update()
         rows.append(tuple(cells))
     return Table(tuple(header), rows)
 
 
-def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+def _listed(counts: dict[str, int], sizes: dict[str, int]) -> str:
+    return ", ".join(f"{n} {name}, {sizes[name] / MIB:.0f} MiB" for name, n in counts.items()) or "none"
 
 
 def _text() -> str:
     scanned, streamed = (
         num_bytes(program.args[0])
-        for program in (transformer_program(OURS, scanned=True, step=False), streaming_programs(OURS, INNER["AdamW"]())[0])
+        for program in (
+            transformer_program(OURS, scanned=True, step=False),
+            streaming_programs(OURS, INNER["AdamW"]())[0],
+        )
     )
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu", "jax-cuda12-pjrt", "optax")
@@ -216,17 +228,24 @@ def _text() -> str:
         "counted from the compiled program: what each instruction reads and writes outside fusions, a TPU's on-chip "
         "memory aside. Each call: in every call; update: what the call that ends the window adds; and the sum over a "
         "window. (An addition alone makes three: two reads and a write.)\n\n"
-        f"Transformers: {SIZES.num_layers} layers of width {SIZES.width}, {scanned / MIB:.0f} MiB of float32 parameters, "
-        f"computing in bf16, each layer rematerialised; {SIZES.batch_size} sequences of {SIZES.length} tokens in "
-        f"{SIZES.k} micro-batches, sums in float32. A training step is the gradients and AdamW, with donated arguments. "
-        "On 8 devices each has as many rows as the one; ours is a loss weighted by tokens."
+        f"Transformers: {SIZES.num_layers} layers of width {SIZES.width}, {scanned / MIB:.0f} MiB of float32 "
+        f"parameters, computing in bf16, each layer rematerialised; {SIZES.batch_size} sequences of {SIZES.length} "
+        f"tokens in {SIZES.k} micro-batches, sums in float32. A training step is the gradients and AdamW, with donated "
+        "arguments. "
+        "On 8 devices each has as many rows as the one; ours is a loss weighted by tokens. What crosses: instructions, "
+        "and the bytes of their results on one device, a loop's body counted once."
     )
 
 
 def replace_section(results: str, section: str) -> str:
     """The results with this section in the place of the one with its title, or at the end."""
     title = section.partition("\n")[0]
-    kept = re.sub(rf"^{re.escape(title)}\n.*?(?=^## |\Z)", lambda _: section.strip() + "\n\n", results, flags=re.M | re.S)
+    kept = re.sub(
+        rf"^{re.escape(title)}\n.*?(?=^## |\Z)",
+        lambda _: section.strip() + "\n\n",
+        results,
+        flags=re.M | re.S,
+    )
     if title not in results:
         kept = results.rstrip() + "\n\n" + section.strip()
     return kept.rstrip() + "\n"

@@ -113,7 +113,7 @@ def run(sizes: Sizes) -> Section:
     return Section("Scanning", text, tables, targets)
 
 
-def kind(scanned: bool, step: bool) -> str:
+def title_of(scanned: bool, step: bool) -> str:
     return ("scanned" if scanned else "unrolled") + " layers, " + ("a training step" if step else "gradients")
 
 
@@ -121,7 +121,7 @@ def _table(
     contenders: dict[str, Contender], seconds: dict[str, list[float]], scanned: bool, step: bool
 ) -> Table:
     on_gpu = jax.default_backend() != "cpu"
-    header = [kind(scanned, step), "time", "× hand-written", "overhead", "temp", "× hand-written"]
+    header = [title_of(scanned, step), "time", "× hand-written", "overhead", "temp", "× hand-written"]
     header += ["device peak"] if on_gpu else []
     rows = []
     for name, (_, temp) in contenders.items():
@@ -137,7 +137,7 @@ def _table(
 def _targets(
     contenders: dict[str, Contender], seconds: dict[str, list[float]], scanned: bool, step: bool
 ) -> list[Target]:
-    kind, peers = kind(scanned, step), (OPTAX, HAND)
+    kind, peers = title_of(scanned, step), (OPTAX, HAND)
     memory_limit = 0.4 if scanned and not step else 1.01
     less_memory = max(contenders[OURS].temp / contenders[peer].temp for peer in peers)
     less_time = max(ratio(seconds, OURS, peer) for peer in peers)

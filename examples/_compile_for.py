@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import _targets
-import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
@@ -83,7 +82,9 @@ def report(
     plan = None
     if memory is not None:
         limit = memory * _targets.GIB or target.memory
-        plan = optaccum.plan_microbatches(make_step, step_args, batch_size=rows_per_device, memory_limit=limit)
+        plan = optaccum.plan_microbatches(
+            make_step, step_args, batch_size=rows_per_device, memory_limit=limit
+        )
         num_microbatches = plan.num_microbatches
         print(plan)
     compiled = make_step(num_microbatches).lower(*step_args).compile()

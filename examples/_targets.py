@@ -1,7 +1,7 @@
 """Accelerators that are not here, to compile for: their own compilers run on any Linux x86-64 machine.
 
-    pip install "jax[tpu]"                                                  # v5e:2x4, v6e:16x16, ...
-    pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12     # h100:1x1x8; jaxlib's version
+pip install "jax[tpu]"                                                  # v5e:2x4, v6e:16x16, ...
+pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12     # h100:1x1x8; jaxlib's version
 """
 
 import os

@@ -202,7 +202,9 @@ def compile_for(args: argparse.Namespace) -> _compile_for.CompiledFor:
 
     rows_per_device = args.batch_size // mesh.shape["data"]
     step_args = state["params"], state["opt_state"], rows, stop
-    return _compile_for.report(target, make_jitted, step_args, args.microbatches, rows_per_device, args.memory)
+    return _compile_for.report(
+        target, make_jitted, step_args, args.microbatches, rows_per_device, args.memory
+    )
 
 
 def note(record: dict[str, Any], metrics: PyTree, bar: Any, num_rows: int, began: float) -> bool:

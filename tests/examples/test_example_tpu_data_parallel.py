@@ -227,6 +227,9 @@ def test_gradients_cross_devices_once_per_call_and_damaged_checkpoints_are_set_a
     [
         (["--heads", "3"], "--model-devices 1 must divide --heads 3, which must divide --width 16"),
         (["--calls-per-update", "0"], "expected a whole number, 1 or more"),
+        (["--compile-for", "v5e"], 'expected a target such as "v5e:2x4" or "h100:1x1x8"'),
+        (["--compile-for", "abacus:2x4"], "of v5e, v5p, v6e, h100; got 'abacus:2x4'"),
+        (["--memory", "16"], "--memory goes with --compile-for"),
     ],
 )
 def test_refuses(arguments, message, capsys):

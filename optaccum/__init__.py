@@ -12,6 +12,7 @@ from optaccum._instruments.verify import VerifyReport as VerifyReport, verify as
 from optaccum._loss import WeightedMean as WeightedMean
 from optaccum._noise_scale import noise_scale as noise_scale
 from optaccum._scanning.chunked import chunked as chunked
+from optaccum._scanning.microbatched import microbatched as microbatched
 from optaccum._scanning.reductions import (
     Last as Last,
     Max as Max,

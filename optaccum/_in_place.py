@@ -13,22 +13,22 @@ PyTree = Any
 
 
 def references(
-    starts: Sequence[jax.Array], apart: Sequence[bool]
+    starts: Sequence[jax.Array | None],
 ) -> tuple[Callable[..., list[Any]], Callable[[list[Any]], list[jax.Array]]]:
-    """References that hold `starts`, and two functions that use them.
+    """References that hold `starts`, where it is not None, and two functions that use them.
 
-    `backward(vjp, cotangents)` adds a gradient to them, and returns it for the leaves that stay `apart` alone, None for
-    the others. `totals(leaves)` gives what they hold at last, with `leaves` for those that stay apart.
+    `backward(vjp, cotangents, xs)` adds the gradient with respect to xs to them, and returns None for those leaves; for
+    the others, and for those of xs beyond them, it returns the gradient. `totals(leaves)` gives what they hold at last,
+    with `leaves` for the others.
     """
-    refs = [None if own else jax.new_ref(x) for x, own in zip(starts, apart, strict=True)]
+    refs = [None if x is None else jax.new_ref(x) for x in starts]
 
-    def backward(vjp, cotangents):
+    def backward(vjp, cotangents, xs):
+        shared = [*refs, *[None] * (len(xs) - len(refs))]
         # What stays apart needs each gradient by itself: a reference of its own.
-        filled = [
-            jax.new_ref(jnp.zeros_like(x)) if r is None else r for r, x in zip(refs, starts, strict=True)
-        ]
+        filled = [jax.new_ref(jnp.zeros_like(x)) if r is None else r for r, x in zip(shared, xs, strict=True)]
         vjp.with_refs(filled)(cotangents)
-        return [jax.freeze(new) if r is None else None for r, new in zip(refs, filled, strict=True)]
+        return [jax.freeze(new) if r is None else None for r, new in zip(shared, filled, strict=True)]
 
     def totals(leaves):
         return [x if r is None else jax.freeze(r) for r, x in zip(refs, leaves, strict=True)]

@@ -35,6 +35,7 @@ SCANNING = [
     "WeightedMean",
     "chunked",
     "grad",
+    "microbatched",
     "value_and_grad",
 ]
 INSTRUMENTS = ["count_collectives", "noise_scale", "plan_microbatches", "verify"]

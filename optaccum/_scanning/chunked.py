@@ -12,14 +12,12 @@ from optaccum._scanning import reductions
 from optaccum._scanning.call import (
     Call,
     Layout,
-    by_name,
     check_function,
     fold_in,
     join_call,
     make_roles,
-    split_call,
 )
-from optaccum._scanning.data_axes import as_axes, check_layout, find_mesh, over_devices, psum
+from optaccum._scanning.data_axes import as_axes, compile_call, over_devices, psum
 from optaccum._scanning.split import (
     Group,
     batch_size_of,
@@ -79,7 +77,9 @@ def chunked(
     num_microbatches, microbatch_size = check_split_options(num_microbatches, microbatch_size)
     roles, axes = make_roles(None, batch_argnums, key_argnum), as_axes(data_axes)
 
-    def whole_batch(layout: Layout, mesh: Any, n: int, call: Call) -> PyTree:
+    def whole_batch(layout: Layout, mesh: Any, call: Call) -> PyTree:
+        n = resolve_num_microbatches(batch_size_of(call.batch), num_microbatches, microbatch_size)
+
         def one_device(batch, others):
             def call_fn(micro_batch, index):
                 key = fold_in(others.key, index)
@@ -93,17 +93,11 @@ def chunked(
             one_device = over_devices(one_device, mesh, axes, batch_axis=0)
         return reductions.merge_aux(*one_device(call.batch, call._replace(batch=())))
 
-    compiled = jax.jit(whole_batch, static_argnums=(0, 1, 2))
+    compiled = compile_call(whole_batch, roles, axes)
 
     @functools.wraps(fn, assigned=("__name__", "__qualname__", "__doc__"), updated=())
     def chunked_fn(*args: Any, **kwargs: Any) -> Any:
-        call, layout = split_call(roles, args, kwargs)
-        batch_size = batch_size_of(call.batch)
-        mesh = find_mesh(call, axes) if axes else None
-        if mesh is not None:
-            check_layout(by_name(layout, call), batch_size, mesh, axes)
-        n = resolve_num_microbatches(batch_size, num_microbatches, microbatch_size)
-        return compiled(layout, mesh, n, call)
+        return compiled(args, kwargs)
 
     return chunked_fn
 

@@ -11,6 +11,8 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optaccum._dtypes import at_least_float32
+from optaccum._scanning.call import Roles, by_name, split_call
+from optaccum._scanning.split import batch_size_of, num_and_size_of
 
 PyTree = Any
 
@@ -88,6 +90,23 @@ def check_layout(replicated: dict[str, PyTree], batch_size: int, mesh: Any, axes
                 f"{name.key}{jax.tree_util.keystr(tuple(path))}. With parameters sharded over a data axis (FSDP), "
                 "leave data_axes out."
             )
+
+
+def compile_call(
+    fn: Callable[..., Any], roles: Roles, axes: tuple[str, ...], presplit: bool = False
+) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """`fn(layout, mesh, call)` as a function of args and kwargs, compiled once for each layout, mesh and shapes."""
+    compiled = jax.jit(fn, static_argnums=(0, 1))
+
+    def call_fn(args, kwargs):
+        call, layout = split_call(roles, args, kwargs)
+        mesh = find_mesh(call, axes) if axes else None
+        if mesh is not None:
+            num_rows = num_and_size_of(call.batch)[1] if presplit else batch_size_of(call.batch)
+            check_layout(by_name(layout, call), num_rows, mesh, axes)
+        return compiled(layout, mesh, call)
+
+    return call_fn
 
 
 def over_devices(

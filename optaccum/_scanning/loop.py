@@ -66,24 +66,29 @@ class Loop(NamedTuple):
     skip_nonfinite: bool
     track_noise_scale: bool
     unroll: int
+    of_rows: tuple[bool, ...] = ()  # per leaf of the batch: whether to differentiate with respect to it too
     call_loss: Callable[..., Any] | None = None  # instead of what was traced
 
 
+class Outputs(NamedTuple):
+    """What leaves each micro-batch, stacked over a group's."""
+
+    aux: PyTree  # that which is not summed
+    kept: jax.Array | None  # shape=(), bool: whether it counts; None: all do
+    row_grads: list[jax.Array]  # with respect to its own rows
+
+
 def run_loop(
-    loop: Loop, call_loss: Callable[..., Any], operands: Operands, in_place: bool
-) -> tuple[Sums, list[PyTree], jax.Array | None]:
-    """Sums over all micro-batches, the stacked aux of each group, and which micro-batches count (None: all).
+    loop: Loop, call_loss: Callable[..., Any] | None, operands: Operands, in_place: bool
+) -> tuple[Sums, list[Outputs]]:
+    """Sums over all micro-batches, and what leaves each group's.
 
     `call_loss` is the loss before it was traced: where its closure may stay, it lowers in half the time.
     """
     if in_place or operands.limit is not None:
         plain = functools.partial(_run, loop, in_place=False, is_plain=True)
-        run = run_as(functools.partial(_run, loop, in_place=in_place, is_plain=False), plain)
-        sums, outputs = run(operands)
-    else:
-        sums, outputs = _run(loop._replace(call_loss=call_loss), operands, in_place=False, is_plain=True)
-    stacked, kept = zip(*outputs, strict=True)
-    return sums, list(stacked), None if kept[0] is None else jnp.concatenate(kept)
+        return run_as(functools.partial(_run, loop, in_place=in_place, is_plain=False), plain)(operands)
+    return _run(loop._replace(call_loss=call_loss), operands, in_place=False, is_plain=True)
 
 
 def choose_form(in_place: bool | None, loop: Loop, operands: Operands) -> bool:
@@ -119,35 +124,36 @@ def sum_weights(loop: Loop, operands: Operands) -> Scalars:
     return weights
 
 
-def _run(loop: Loop, operands: Operands, *, in_place: bool, is_plain: bool) -> tuple[Sums, list[Any]]:
-    start = _start(loop, operands)
+def _run(loop: Loop, operands: Operands, *, in_place: bool, is_plain: bool) -> tuple[Sums, list[Outputs]]:
+    start, diff = _start(loop, operands), operands.diff
     maxima = [sum_of.is_max for sum_of in loop.sums_of]
-    diff, narrow, backward, total = operands.diff, lambda diff: diff, _backward, None
+    dtypes = [x.dtype for x in diff]
+    backward, totals = _backward, None
     if in_place:
         # A reference has its cotangent's dtype: for wider sums, differentiate with respect to wider parameters.
-        dtypes = [x.dtype for x in diff]
         diff = [x.astype(sum_of.dtype) for x, sum_of in zip(diff, loop.sums_of, strict=True)]
-        narrow = lambda diff: [x.astype(dtype) for x, dtype in zip(diff, dtypes, strict=True)]  # noqa: E731
-        backward, total = references(start.grads, maxima)
-        start = start._replace(
-            grads=[g if is_max else None for g, is_max in zip(start.grads, maxima, strict=True)]
-        )
+        backward, totals = references([None if m else g for g, m in zip(start.grads, maxima, strict=True)])
+        start = start._replace(grads=[g if m else None for g, m in zip(start.grads, maxima, strict=True)])
 
     def step(call, group, sums, index, micro_batch):
         # differentiate
-        def forward(diff):
-            terms, carry, aux = call(narrow(diff), micro_batch, index, sums.carry)
+        own, with_rows = _partition(micro_batch, loop.of_rows)
+
+        def forward(xs):
+            narrow = [x.astype(dtype) for x, dtype in zip(xs, dtypes, strict=False)]
+            terms, carry, aux = call(narrow, with_rows(xs[len(diff) :]), index, sums.carry)
             return {name: term.total for name, term in terms.items()}, (terms, carry, aux)
 
-        totals, vjp, (terms, carry, aux) = jax.vjp(forward, diff, has_aux=True)
+        xs = [*diff, *own]
+        values, vjp, (terms, carry, aux) = jax.vjp(forward, xs, has_aux=True)
         # weigh
-        grads = backward(vjp, _cotangents(operands, totals))
+        grads = backward(vjp, _cotangents(operands, values), xs)
         # add
         summed, stacked = reductions.divide_aux(aux)
         new = sums._replace(
             terms=jax.tree.map(jnp.add, sums.terms, terms),
             num_examples=sums.num_examples + group.size,
-            grads=[_add(*leaf) for leaf in zip(sums.grads, grads, maxima, strict=True)],
+            grads=[_add(*leaf) for leaf in zip(sums.grads, grads, maxima, strict=False)],
             aux=jax.tree.map(jnp.add, sums.aux, summed),
             carry=carry,
         )
@@ -159,14 +165,28 @@ def _run(loop: Loop, operands: Operands, *, in_place: bool, is_plain: bool) -> t
             kept = _all_finite((terms, grads), _axes(sums.terms))
             new = jax.tree.map(lambda n, old: jnp.where(kept, n, old), new, sums)
             new = new._replace(num_skipped=jnp.where(kept, sums.num_skipped, sums.num_skipped + 1))
-        return new, (stacked, kept)
+        return new, Outputs(stacked, kept, grads[len(diff) :])
 
     sums, outputs = _each_micro_batch(loop, step, start, operands, is_plain=is_plain)
-    return (sums if total is None else sums._replace(grads=total(sums.grads))), outputs
+    return (sums if totals is None else sums._replace(grads=totals(sums.grads))), outputs
 
 
-def _backward(vjp: Callable[..., Any], cotangents: Scalars) -> list[jax.Array]:
+def _backward(vjp: Callable[..., Any], cotangents: Scalars, _: Any) -> list[jax.Array]:
     return vjp(cotangents)[0]
+
+
+def _partition(
+    micro_batch: PyTree, chosen: tuple[bool, ...]
+) -> tuple[list[jax.Array], Callable[..., PyTree]]:
+    """The chosen leaves of a micro-batch, and the micro-batch as a function of them."""
+    leaves, structure = jax.tree.flatten(micro_batch)
+    places = [i for i, is_chosen in enumerate(chosen) if is_chosen]
+
+    def put_back(own):
+        new = dict(enumerate(leaves)) | dict(zip(places, own, strict=True))
+        return structure.unflatten(new[i] for i in range(len(leaves)))
+
+    return [leaves[i] for i in places], put_back
 
 
 def _add(total: Any, grad: Any, is_max: bool) -> Any:

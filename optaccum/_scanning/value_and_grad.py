@@ -4,14 +4,11 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from optaccum._dtypes import AccumulatorDType
-from optaccum._scanning.call import by_name, split_call
-from optaccum._scanning.data_axes import check_layout, find_mesh
+from optaccum._scanning.data_axes import compile_call
 from optaccum._scanning.options import make_options
-from optaccum._scanning.split import batch_size_of, num_and_size_of
 from optaccum._scanning.whole_batch import whole_batch
 
 
@@ -108,16 +105,12 @@ def value_and_grad(
       20.5
     """
     options = make_options(locals())
-    compiled = jax.jit(functools.partial(whole_batch, loss_fn, options), static_argnums=(0, 1))
+    fn = functools.partial(whole_batch, loss_fn, options)
+    compiled = compile_call(fn, options.roles, options.data_axes, presplit)
 
     @functools.wraps(loss_fn, assigned=("__name__", "__qualname__", "__doc__"), updated=())
     def grad_fn(*args: Any, **kwargs: Any) -> Any:
-        call, layout = split_call(options.roles, args, kwargs)
-        mesh = find_mesh(call, options.data_axes) if options.data_axes else None
-        if mesh is not None:
-            num_rows = num_and_size_of(call.batch)[1] if presplit else batch_size_of(call.batch)
-            check_layout(by_name(layout, call), num_rows, mesh, options.data_axes)
-        value, aux, grads, info = compiled(layout, mesh, call)
+        value, aux, grads, info = compiled(args, kwargs)
         results = ((value, aux) if has_aux else value, grads)
         return (*results, info) if return_info else results
 

@@ -1,5 +1,6 @@
 """The whole batch's value, gradients and auxiliary outputs from its micro-batches."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from optaccum._scanning.data_axes import carry_across, over_devices, pmax, psum
 from optaccum._scanning.loop import (
     Loop,
     Operands,
+    Outputs,
     SumOf,
     Sums,
     choose_form,
@@ -25,7 +27,7 @@ from optaccum._scanning.loop import (
 )
 from optaccum._scanning.micro_loss import as_it_came, stop_gradient, trace_loss
 from optaccum._scanning.options import Options
-from optaccum._scanning.split import Group, batch_size_of, resolve_num_microbatches, split
+from optaccum._scanning.split import Group, batch_size_of, num_and_size_of, resolve_num_microbatches, split
 from optaccum._varying import vary, varying_axes
 
 PyTree = Any
@@ -52,19 +54,28 @@ def whole_batch(
     loss_fn: Callable[..., Any], options: Options, layout: Layout, mesh: Any, call: Call
 ) -> tuple[jax.Array, PyTree, PyTree, Info]:
     """(value, aux, gradients, info) of the whole batch, from one device's loop or from all devices'."""
+    one_device = functools.partial(_one_device, loss_fn, options, layout)
+    (value, aux, grads, info), rows = divide_batch(one_device, options, mesh, call)
+    return value, reductions.merge_aux(aux, rows), grads, info
+
+
+def divide_batch(
+    one_device: Callable[[list[Group], Call], tuple[PyTree, PyTree]], options: Options, mesh: Any, call: Call
+) -> tuple[PyTree, PyTree]:
+    """`one_device(micro-batches, call) -> (replicated, rows)`, on each device's own rows where there is a mesh."""
     n = None  # the micro-batches are the caller's
-    if not options.presplit:
+    if options.presplit:
+        num_and_size_of(call.batch)
+    else:
         batch_size = batch_size_of(call.batch)
         n = resolve_num_microbatches(batch_size, options.num_microbatches, options.microbatch_size)
 
-    def one_device(batch, others):
-        groups = [Group(batch, axis=0)] if n is None else split(batch, n)
-        return _one_device(loss_fn, options, layout, groups, others)
+    def with_groups(batch, others):
+        return one_device([Group(batch, axis=0)] if n is None else split(batch, n), others)
 
     if mesh is not None:
-        one_device = over_devices(one_device, mesh, options.data_axes, batch_axis=int(options.presplit))
-    (value, aux, grads, info), rows = one_device(call.batch, call._replace(batch=()))
-    return value, reductions.merge_aux(aux, rows), grads, info
+        with_groups = over_devices(with_groups, mesh, options.data_axes, batch_axis=int(options.presplit))
+    return with_groups(call.batch, call._replace(batch=()))
 
 
 def _one_device(
@@ -87,17 +98,16 @@ def _one_device(
     loop = Loop(losses, sums_of, options.skip_nonfinite, options.track_noise_scale, options.unroll)
     in_place = choose_form(options.in_place, loop, operands)
     if len(losses[0].structs[0]) > 1:
-        operands = operands._replace(cotangents=_cotangents(options, loop, operands))
+        operands = operands._replace(cotangents=cotangents_of(options, loop, operands))
 
-    sums, stacked, kept = run_loop(loop, call_loss, operands, in_place)
+    sums, outputs = run_loop(loop, call_loss, operands, in_place)
     if options.data_axes:
-        sums = _across(sums, sums_of, options)
-    value, grads, info = _finish(sums, options, sums_of, in_place, max(group.size for group in groups))
+        sums = across(sums, sums_of, options)
+    value, grads, info = finish(sums, options, sums_of, in_place, max(group.size for group in groups))
     grads = jax.tree.map(_unvary, grads, leaves, [sum_of.is_max for sum_of in sums_of])
     grads = jax.tree.unflatten(structure, grads)
-    aux, rows = reductions.finish(sums.aux, stacked, kept, options.data_axes)
-    if layout.roles.carry is not None:
-        aux, rows = (as_it_came(losses, call.carry, sums.carry), aux), (None, rows)
+    sums = sums._replace(carry=as_it_came(losses, call.carry, sums.carry))
+    aux, rows = finish_aux(sums, outputs, options)
     return (value, aux, grads[0] if options.one_argnum else grads, info), rows
 
 
@@ -124,7 +134,7 @@ def _sums_of(options: Options, tree: PyTree) -> list[SumOf]:
     return sums_of
 
 
-def _cotangents(options: Options, loop: Loop, operands: Operands) -> dict[str, jax.Array]:
+def cotangents_of(options: Options, loop: Loop, operands: Operands) -> dict[str, jax.Array]:
     """What each term's total is differentiated with: one over its weight in the whole batch."""
     if options.skip_nonfinite:
         raise ValueError(
@@ -139,7 +149,7 @@ def _cotangents(options: Options, loop: Loop, operands: Operands) -> dict[str, j
     return {name: ratio(jnp.ones([], terms[name].total.dtype), weight) for name, weight in weights.items()}
 
 
-def _across(sums: Sums, sums_of: list[SumOf], options: Options) -> Sums:
+def across(sums: Sums, sums_of: list[SumOf], options: Options) -> Sums:
     """The sums of all devices; the gradients cross here, and nowhere else."""
     axes = options.data_axes
     summed = [None if s.is_max else g for g, s in zip(sums.grads, sums_of, strict=True)]
@@ -163,7 +173,7 @@ def _across(sums: Sums, sums_of: list[SumOf], options: Options) -> Sums:
     )
 
 
-def _finish(
+def finish(
     sums: Sums, options: Options, sums_of: list[SumOf], in_place: bool, num_rows: int
 ) -> tuple[jax.Array, list[jax.Array], Info]:
     """Divides the sums by their weights: value, flat gradients, info."""
@@ -202,6 +212,14 @@ def _finish(
         summed = [g for g, sum_of in zip(grads, sums_of, strict=True) if not sum_of.is_max]
         noise = estimate_noise(sums.num_weighted, sums.sq_norm_sum * scale, squared_norm(summed), info_weight)
     return value, grads, Info(info_weight, sums.num_skipped, noise)
+
+
+def finish_aux(sums: Sums, outputs: list[Outputs], options: Options) -> tuple[PyTree, PyTree]:
+    """The aux of the whole batch, and what of it leads with rows, each with the carry if there is one."""
+    stacks, kept, _ = zip(*outputs, strict=True)
+    kept = None if kept[0] is None else jnp.concatenate(kept)
+    aux, rows = reductions.finish(sums.aux, stacks, kept, options.data_axes)
+    return (aux, rows) if options.roles.carry is None else ((sums.carry, aux), (None, rows))
 
 
 def _unvary(grad: jax.Array, like: jax.Array, is_max: bool) -> jax.Array:

@@ -91,6 +91,16 @@ def test_step_counts_calls_and_gradient_step_updates(name):
     assert jax.jit(lambda state: state.gradient_step)(state).dtype == jnp.int32
 
 
+@pytest.mark.usefixtures("fast_compilation")
+def test_emit_ends_a_window_of_summed_losses():
+    state = make(optaccum.accumulate(optax.sgd(0.1), None))
+    grads, start = jax.grad(loss_fn)(state.params, X), state.params
+    for emit, updates in ((False, 0), (True, 1)):
+        state = state.apply_gradients(grads=grads, denominator=2.0, emit=emit)
+        assert int(state.gradient_step) == updates
+    assert_trees_close(state.params, jax.tree.map(lambda p, g: p - 0.1 * 2 * g / 4, start, grads))
+
+
 class WithStatistics(TrainState):
     batch_stats: dict[str, jax.Array]
 

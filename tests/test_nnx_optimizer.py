@@ -104,6 +104,20 @@ def test_arguments_are_handed_on_only_if_given():
     assert seen == [{"value": 2.0}]
 
 
+@pytest.mark.usefixtures("fast_compilation")
+def test_emit_ends_a_window():
+    model = MLP(4, 1, nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optaccum.accumulate(optax.sgd(0.1), None), wrt=nnx.Param)
+    grads = nnx.grad(loss_fn)(model, X)
+    before = jnp.copy(model.layers[0].kernel[...])
+    for emit in (False, True):
+        optaccum.nnx.apply_gradients(optimizer, model, grads, denominator=2.0, emit=emit)
+        assert bool(optaccum.has_updated(optimizer.opt_state)) == emit
+        assert (model.layers[0].kernel[...] != before).any() == emit
+    expected = before - 0.1 * 2 * grads["layers"][0]["kernel"][...] / 4
+    assert_trees_close(model.layers[0].kernel[...], expected)
+
+
 class Adapted(nnx.Module):
     def __init__(self, rngs):
         self.layer = nnx.LoRALinear(4, 4, lora_rank=2, rngs=rngs)

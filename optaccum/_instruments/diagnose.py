@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from optaccum._instruments.references import ResultsOf, take_rows
+from optaccum._instruments.references import Reference, take_micro_batch, take_rows
 from optaccum._scanning.call import Call
 from optaccum._scanning.split import batch_size_of
 
@@ -126,45 +126,45 @@ def explain_aux(path: str, kind: str, ratio: float, n: int, batch_size: int) -> 
     return cause.format(path=path, kind=kind or "a mean over examples", n=n)
 
 
-def diagnose(
-    value_of: ResultsOf, call: Call, n: int, *, num_devices: int, resolution: float, value_agrees: bool
-) -> str:
+def diagnose(reference: Reference, call: Call, n: int, *, resolution: float, value_agrees: bool) -> str:
     """The likely cause of a disagreement between finite values or gradients, and the way out.
 
     Args:
-      value_of: the loss of a call, and the carry that it returns.
+      reference: has the loss of any call.
       call: the whole batch's.
       n: micro-batches.
-      num_devices: the loss takes multiples of so many rows, each device its part of them.
       resolution: rounding error of the loss, absolute.
       value_agrees: whether only gradients disagree.
     """
     try:
-        cause = _randomness(value_of, call, n) or _departure(value_of, call, n, num_devices, resolution)
+        cause = _randomness(reference, call, n) or _departure(reference, call, n, resolution)
     except Exception as error:  # whatever a loss raises on batches that were never meant for it
         return _UNTRIED.format(error=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
     return (cause or (_GRADIENT if value_agrees else _DOES_NOT_SPLIT)).format(n=n)
 
 
-def _randomness(value_of: ResultsOf, call: Call, n: int) -> str:
+def _randomness(reference: Reference, call: Call, n: int) -> str:
     """Whether the key matters, or the carry; empty for neither."""
-    if jax.tree.leaves(call.key):
-        other = jax.tree.map(lambda key: jax.random.fold_in(key, 1), call.key)
-        if float(value_of(call._replace(key=other)).value) != float(value_of(call).value):
-            return _KEY
+
+    def value(**changed):
+        return float(reference.value_of(call._replace(**changed)).value)
+
+    other_key = jax.tree.map(lambda key: jax.random.fold_in(key, 1), call.key)
+    if jax.tree.leaves(other_key) and value(key=other_key) != value():
+        return _KEY
     if jax.tree.leaves(call.carry):
-        carry = value_of(take_rows(call, np.arange(0, batch_size_of(call.batch), n))).carry
-        if float(value_of(call._replace(carry=carry)).value) != float(value_of(call).value):
+        part = take_micro_batch(call, 0, n, reference.num_devices)
+        if value(carry=reference.value_of(part).carry) != value():
             return _CARRY
     return ""
 
 
-def _departure(value_of: ResultsOf, call: Call, n: int, num_devices: int, resolution: float) -> str:
+def _departure(reference: Reference, call: Call, n: int, resolution: float) -> str:
     """What most pairs of parts of the batch say that the loss is; empty for a mean over examples."""
-    size = batch_size_of(call.batch)
+    size, num_devices = batch_size_of(call.batch), reference.num_devices
 
     def loss(*parts):
-        return float(value_of(take_rows(call, np.concatenate(parts))).value)
+        return float(reference.value_of(take_rows(call, np.concatenate(parts))).value)
 
     by_device = np.arange(size).reshape(num_devices, -1)
     in_order, reordered = loss(*by_device), loss(*(rows[i::n] for rows in by_device for i in range(n)))

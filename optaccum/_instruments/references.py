@@ -13,12 +13,11 @@ from optaccum._dtypes import as_summand
 from optaccum._loss import WeightedMean, loss_terms, loss_value, ratio
 from optaccum._scanning.call import Call, Layout, join_call
 from optaccum._scanning.data_axes import over_devices
+from optaccum._scanning.options import Options
 from optaccum._scanning.reductions import Last, Max, Min, Stack, Sum, is_wrapper, map_wrappers
 from optaccum._scanning.split import batch_size_of, unshard_rows
-from optaccum._scanning.whole_batch import Options
 
 PyTree = Any
-ResultsOf = Callable[[Call], "Results"]
 
 _REDUCTIONS = {Sum: jnp.sum, Max: jnp.max, Min: jnp.min, Last: lambda x, axis: x[-1]}
 
@@ -72,33 +71,83 @@ def as_numbers(x: Any) -> jax.Array:
     return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.asarray(x)
 
 
+class Reference(NamedTuple):
+    """What to compare with, and what a disagreement is looked into with."""
+
+    expected: dict[str, jax.Array]  # by path
+    value_of: Callable[[Call], Results]  # of any call, its value and carry
+    results_of: Callable[[Call], Results]
+    num_devices: int  # they give each of so many devices its own rows
+
+
 def take_rows(call: Call, rows: np.ndarray) -> Call:
     """A call with these rows of its batch, in this order."""
-    return call._replace(batch=jax.tree.map(lambda x: unshard_rows(x)[rows], call.batch))
+    return call._replace(batch=_take_rows(call.batch, rows))
 
 
-def micro_batches_of(call: Call, n: int, num_devices: int) -> list[PyTree]:
-    """Micro-batch i holds `rows[i::n]` of each device's rows."""
+@jax.jit
+def _take_rows(batch: PyTree, rows: jax.Array) -> PyTree:
+    return jax.tree.map(lambda x: unshard_rows(x)[rows], batch)
+
+
+def take_micro_batch(call: Call, i: int, n: int, num_devices: int) -> Call:
+    """A call with micro-batch i, `rows[i::n]` of each device's rows."""
     by_device = np.arange(batch_size_of(call.batch)).reshape(num_devices, -1)
-    return [take_rows(call, by_device[:, i::n].ravel()).batch for i in range(n)]
+    return take_rows(call, by_device[:, i::n].ravel())
 
 
-def whole_batch(subject: Subject) -> tuple[ResultsOf, ResultsOf]:
+def make_reference(subject: Subject, call: Call, n: int, aux_like: PyTree) -> Reference:
+    """What the results of a call in n micro-batches are to be compared with; `aux_like` has the wrappers."""
+    options, num_devices = subject.options, math.prod(subject.axis_sizes.values())
+    loop = _python_loop(subject)
+    value_of, results_of = _whole_batch(subject)
+    if options.presplit:
+        micro_batches = [jax.tree.map(lambda x, i=i: x[i], call.batch) for i in range(n)]
+        limit = n if options.roles.limit is None else min(max(int(call.limit), 0), n)
+        return Reference(loop(call, micro_batches, limit).by_path(), value_of, results_of, num_devices)
+    try:
+        jax.eval_shape(results_of, call)
+        reference = Reference({}, value_of, results_of, 1)
+    except Exception as error:
+        # It names a data axis, or JAX finds no layout on an Explicit mesh (an exception whose type is not public).
+        if not subject.axis_sizes or type(error).__name__ not in ("NameError", "ShardingTypeError"):
+            raise
+
+        def on_each_device(call):
+            return loop(call, [call.batch], 1)
+
+        reference = Reference({}, on_each_device, on_each_device, num_devices)
+    results = reference.results_of(call)._replace(carry=())
+    stacked = any(isinstance(x, Last | Stack) for x in jax.tree.leaves(aux_like, is_leaf=is_wrapper))
+    beside = {}
+    if stacked or jax.tree.leaves(call.carry):
+        micro_batches = [take_micro_batch(call, i, n, num_devices).batch for i in range(n)]
+        beside = loop(call, micro_batches, n)._replace(grads=()).by_path()
+    return reference._replace(expected=beside | results.by_path())
+
+
+def _whole_batch(subject: Subject) -> tuple[Callable[[Call], Results], Callable[[Call], Results]]:
     """Functions of a call: its value and carry, and all its results, as JAX gives them; the key is micro-batch 0's."""
+    compiled = set()  # sizes for which the value need not be compiled once more
 
-    def results_of(diff, call):
+    def of_diff(diff, call):
         key = jax.tree.map(lambda key: jax.random.fold_in(key, 0), call.key)
         loss, carry, aux = subject.loss(call._replace(diff=diff, key=key))
         value = loss_value(loss_terms(loss, 1.0))
         return value, Results(value, (), carry, map_wrappers(_whole_value, aux))
 
-    gradient_of = jax.jit(jax.grad(results_of, has_aux=True))
+    gradient_of = jax.jit(jax.grad(of_diff, has_aux=True))
+    just_value_of = jax.jit(lambda call: of_diff(call.diff, call)[1])
 
-    def all_of(call):
+    def results_of(call):
+        compiled.add(batch_size_of(call.batch))
         grads, results = gradient_of(call.diff, call._replace(diff=()))
         return results._replace(grads=grads[0] if subject.options.one_argnum else grads)
 
-    return jax.jit(lambda call: results_of(call.diff, call)[1]), all_of
+    def value_of(call):
+        return results_of(call) if batch_size_of(call.batch) in compiled else just_value_of(call)
+
+    return value_of, results_of
 
 
 def _whole_value(wrapper: Any) -> Any:
@@ -110,7 +159,7 @@ def _whole_value(wrapper: Any) -> Any:
     return wrapper.value if is_wrapper(wrapper) else wrapper
 
 
-def python_loop(subject: Subject) -> Callable[[Call, Sequence[PyTree], int], Results]:
+def _python_loop(subject: Subject) -> Callable[[Call, Sequence[PyTree], int], Results]:
     """A function of a call, its micro-batches and how many of them count: their results, one after the other.
 
     With `data_axes` each device takes its own rows of each. Where several micro-batches are the library's, and may
@@ -150,29 +199,32 @@ def python_loop(subject: Subject) -> Callable[[Call, Sequence[PyTree], int], Res
 
     def results_of(call, micro_batches, count):
         num_devices = math.prod(subject.axis_sizes.values())
-        carry = jax.tree.map(lambda x: jnp.stack([x] * num_devices), call.carry)
         is_max = _is_max(options, call.diff)
+        add = jax.jit(lambda grads, new: {name: _add(grads[name], new[name], is_max) for name in new})
+        carry = jax.tree.map(lambda x: jnp.stack([x] * num_devices), call.carry)
         grads: dict[str, PyTree] = {}
         parts, others = [], call._replace(batch=(), carry=())
         for index, batch in enumerate(micro_batches):
             new, carry, (terms, aux, kept) = step((batch, carry), jnp.int32(index), jnp.int32(count), others)
-            grads = {name: _add(grads[name], new[name], is_max) for name in new} if index else new
+            grads = add(grads, new) if grads else new
             if len(micro_batches) > 1 and not options.presplit:
                 aux = map_wrappers(lambda x: x if isinstance(x, Last | Stack) else None, aux)
             parts.append(jax.tree.map(lambda x: np.asarray(as_numbers(x)), (terms, aux, kept)))
         terms, aux, kept = jax.tree.map(lambda *xs: np.stack(xs, 1), *parts)
         which = np.nonzero(kept)  # device by device
 
-        def total(x):
-            return jnp.sum(as_summand(x[which]), axis=0)
+        @jax.jit
+        def combine(grads, carry, terms, aux):
+            terms = {name: jax.tree.map(lambda x: _total(x, which), term) for name, term in terms.items()}
+            grads = _divide(grads, terms, is_max)
+            return Results(
+                value=loss_value(terms),
+                grads=grads[0] if options.one_argnum else grads,
+                carry=jax.tree.map(functools.partial(_of_all_devices, options.skip_nonfinite), carry),
+                aux=map_wrappers(functools.partial(_of_all, which, count, options.presplit), aux),
+            )
 
-        terms = {name: WeightedMean(total(term.total), total(term.weight)) for name, term in terms.items()}
-        return Results(
-            value=loss_value(terms),
-            grads=_divide(grads, terms, is_max)[0] if options.one_argnum else _divide(grads, terms, is_max),
-            carry=jax.tree.map(functools.partial(_of_all_devices, options.skip_nonfinite), carry),
-            aux=map_wrappers(functools.partial(_of_all, which, count, options.presplit), aux),
-        )
+        return combine(grads, carry, terms, aux)
 
     return results_of
 
@@ -205,15 +257,18 @@ def _divide(grads: dict[str, PyTree], terms: dict[str, WeightedMean], is_max: Py
     return jax.tree.map(divide, is_max, *grads.values())
 
 
+def _total(x: jax.Array, which: Any) -> jax.Array:
+    return jnp.sum(as_summand(x[which]), axis=0)
+
+
 def _of_all_devices(skips: bool, x: jax.Array) -> jax.Array:
     """A carry's leaf, from shape (devices, ...): one that is not alike, if there is one that has to be."""
-    x = as_numbers(x)
+    x = unshard_rows(as_numbers(x))
     if jnp.issubdtype(x.dtype, jnp.inexact):
         return jnp.mean(as_summand(x), axis=0)
     if skips and x.dtype != jnp.bool_:
         return jnp.max(x, axis=0)
-    x = jnp.asarray(np.asarray(x))
-    return next((own for own in x if (own != x[0]).any()), x[0])
+    return x[jnp.argmax((x != x[0]).reshape(len(x), -1).any(axis=1))]
 
 
 def _of_all(which: Any, count: int, presplit: bool, x: Any) -> Any:
@@ -222,17 +277,14 @@ def _of_all(which: Any, count: int, presplit: bool, x: Any) -> Any:
     def ran(x):
         return jnp.where((np.arange(x.shape[1]) < count).reshape(-1, *(1,) * (x.ndim - 2)), x, 0)
 
-    def total(x):
-        return jnp.sum(as_summand(x[which]), axis=0)
-
     if isinstance(x, WeightedMean):
-        return jax.tree.map(lambda leaf: ratio(total(leaf), total(x.weight)), x.total)
+        return jax.tree.map(lambda leaf: ratio(_total(leaf, which), _total(x.weight, which)), x.total)
     if isinstance(x, Stack):
         return jax.tree.map(lambda leaf: ran(leaf).reshape(-1, *leaf.shape[2:]), x.value)
     if is_wrapper(x):
         return jax.tree.map(lambda leaf: _REDUCTIONS[type(x)](as_summand(leaf[which]), axis=0), x.value)
     if x.ndim == 2:
-        return total(x) / len(which[0])
+        return _total(x, which) / len(which[0])
     rows = ran(x).swapaxes(0, 1)
     rows = rows.reshape(rows.shape[0], -1, *rows.shape[3:])
     return rows if presplit else rows[0]

@@ -13,19 +13,17 @@ from optaccum._dtypes import as_summand
 from optaccum._instruments.diagnose import diagnose, explain_aux, explain_loop, explain_not_finite
 from optaccum._instruments.references import (
     Results,
-    ResultsOf,
     Subject,
-    micro_batches_of,
-    python_loop,
+    make_reference,
+    take_micro_batch,
     take_rows,
-    whole_batch,
 )
 from optaccum._scanning.call import Call, split_call
 from optaccum._scanning.data_axes import find_mesh
-from optaccum._scanning.reductions import Last, Stack, is_wrapper
+from optaccum._scanning.options import Options
+from optaccum._scanning.reductions import is_wrapper
 from optaccum._scanning.split import batch_size_of, num_and_size_of, resolve_num_microbatches
 from optaccum._scanning.value_and_grad import value_and_grad
-from optaccum._scanning.whole_batch import Options
 
 PyTree = Any
 
@@ -132,33 +130,31 @@ def verify(
     value, carry, aux = subject.unpack(out)
     accumulated = Results(value, grads, carry, aux).by_path()
     jaxpr, aux_like = _trace(subject, call)
-    expected, value_of, results_of, num_devices = _references(subject, call, n, aux_like)
+    reference = make_reference(subject, call, n, aux_like)
+    # The two may be laid out over a mesh in different ways.
+    expected = {path: jax.device_put(x, accumulated[path].sharding) for path, x in reference.expected.items()}
 
     compute = _compute_tolerance(jaxpr)
     eps = max(float(jnp.finfo(g.dtype).eps) for g in jax.tree.leaves(grads))
     tolerance = compute + n**0.5 * eps if rtol is None else float(rtol)
-    least = _least_sizes([expected], call.diff, max(_FLOOR, compute))
-    errors = _relative_errors(accumulated, expected, least)
+    sizes = _norms(expected)
+    distances = _distances({path: accumulated[path] for path in expected}, expected)
+    least = _least_sizes([sizes], call.diff, max(_FLOOR, compute))
+    errors = {path: _ratio(distances[path], sizes[path], least[path]) for path in sizes}
     if not max(errors.values(), key=_order) <= tolerance and not options.presplit:
         # Does it only cancel over the whole batch? One micro-batch's size tells.
-        part = results_of(call._replace(batch=micro_batches_of(call, n, num_devices)[0])).by_path()
-        least = _least_sizes([expected, part], call.diff, max(_FLOOR, compute))
-        errors = _relative_errors(accumulated, expected, least)
+        part = reference.results_of(take_micro_batch(call, 0, n, reference.num_devices)).by_path()
+        least = _least_sizes([sizes, _norms(part)], call.diff, max(_FLOOR, compute))
+        errors = {path: _ratio(distances[path], sizes[path], least[path]) for path in sizes}
     path, worst = max(errors.items(), key=lambda item: _order(item[1]))
+    wrapper, cause = _wrapper_of(path, aux_like), ""
     disagree = {path for path, error in errors.items() if error > tolerance and not _is_beside(path)}
-    wrapper = _wrapper_of(path, aux_like)
-    cause = ""
     if math.isnan(worst):
-        cause = explain_not_finite(all(bool(jnp.isfinite(x).all()) for x in expected.values()))
+        cause = explain_not_finite(not any(map(math.isnan, sizes.values())))
     elif disagree and not options.presplit:
         # A value rounds far less than a gradient.
-        resolution = compute / 20 * max(abs(float(expected["value"])), least["value"])
-        facts = {
-            "num_devices": num_devices,
-            "resolution": resolution,
-            "value_agrees": "value" not in disagree,
-        }
-        cause = diagnose(value_of, call, n, **facts)
+        resolution = compute / 20 * max(sizes["value"], least["value"])
+        cause = diagnose(reference, call, n, resolution=resolution, value_agrees="value" not in disagree)
     elif worst > tolerance and (options.presplit or path.startswith("carry") or wrapper in ("Last", "Stack")):
         cause = explain_loop(path)
     elif worst > tolerance:
@@ -169,7 +165,7 @@ def verify(
         max_relative_error=worst,
         leaves={path: error for path, error in errors.items() if path != "value"},
         value_error=errors["value"],
-        value_ratio=float(value) / float(expected["value"]) if float(expected["value"]) else float("nan"),
+        value_ratio=float(value) / float(expected["value"]) if sizes["value"] else float("nan"),
         rtol=tolerance,
         num_microbatches=n,
         reference="the same in a Python loop" if options.presplit else "the whole batch",
@@ -192,34 +188,6 @@ def _trace(subject: Subject, call: Call) -> tuple[str, PyTree]:
     axis_env = list(subject.axis_sizes.items())
     jaxpr, (_, _, aux) = jax.make_jaxpr(subject.loss, axis_env=axis_env, return_shape=True)(call)
     return str(jaxpr), aux
-
-
-def _references(
-    subject: Subject, call: Call, n: int, aux_like: PyTree
-) -> tuple[dict[str, jax.Array], ResultsOf, ResultsOf, int]:
-    """What to compare with, by path; value and results of any call, and from how many devices it has its rows."""
-    loop, num_devices = python_loop(subject), math.prod(subject.axis_sizes.values())
-    value_of, results_of = whole_batch(subject)
-    if subject.options.presplit:
-        micro_batches = [jax.tree.map(lambda x, i=i: x[i], call.batch) for i in range(n)]
-        limit = n if subject.options.roles.limit is None else min(max(int(call.limit), 0), n)
-        return loop(call, micro_batches, limit).by_path(), value_of, results_of, num_devices
-    try:
-        jax.eval_shape(results_of, call)
-        num_devices = 1
-    except Exception as error:
-        # It names a data axis, or JAX finds no layout on an Explicit mesh (an exception whose type is not public).
-        if not subject.axis_sizes or type(error).__name__ not in ("NameError", "ShardingTypeError"):
-            raise
-        value_of = results_of = lambda call: loop(call, [call.batch], 1)
-    expected = results_of(call).by_path()
-    expected = {path: x for path, x in expected.items() if not path.startswith("carry")}
-    stacked = any(isinstance(x, Last | Stack) for x in jax.tree.leaves(aux_like, is_leaf=is_wrapper))
-    if stacked or jax.tree.leaves(call.carry):
-        micro_batches = micro_batches_of(call, n, math.prod(subject.axis_sizes.values()))
-        looped = loop(call, micro_batches, n).by_path()
-        expected |= {path: x for path, x in looped.items() if _is_beside(path)}
-    return expected, value_of, results_of, num_devices
 
 
 def _is_beside(path: str) -> bool:
@@ -249,47 +217,40 @@ def _compute_tolerance(jaxpr: str) -> float:
     return {"cpu": 1e-4, "tpu": 5e-2}.get(jax.default_backend(), 1e-2)
 
 
-def _least_sizes(sources: Sequence[dict[str, jax.Array]], diff: PyTree, fraction: float) -> dict[str, float]:
-    """What each array counts for at least, however much of it cancels, seen from these results."""
-
-    def norm(arrays):
-        return math.hypot(*(float(_norm(x)) for x in arrays))
-
-    grads = [
-        norm(x for path, x in source.items() if path != "value" and not _is_beside(path))
-        for source in sources
+def _least_sizes(sources: Sequence[dict[str, float]], diff: PyTree, fraction: float) -> dict[str, float]:
+    """What each array counts for at least, however much of it cancels, seen from these sizes."""
+    gradients = [
+        math.hypot(*(size for path, size in sizes.items() if path != "value" and not _is_beside(path)))
+        for sizes in sources
     ]
-    value = max(
-        [norm([source["value"]]) for source in sources[1:]] + [max(grads) * norm(jax.tree.leaves(diff))]
-    )
-    sizes = {path: 1.0 if _is_beside(path) else max(grads) for path in sources[0]} | {"value": value}
-    return {path: fraction * size for path, size in sizes.items()}
+    gradient, params = max(gradients), math.hypot(*_norms(dict(enumerate(jax.tree.leaves(diff)))).values())
+    value = max([gradient * params, *(sizes["value"] for sizes in sources[1:])])
+    least = {path: 1.0 if _is_beside(path) else gradient for path in sources[0]} | {"value": value}
+    return {path: fraction * size for path, size in least.items()}
 
 
-def _relative_errors(
-    accumulated: dict[str, jax.Array], expected: dict[str, jax.Array], least: dict[str, float]
-) -> dict[str, float]:
-    """|accumulated - expected| / |expected| of each array; those that only one has are left out."""
-    errors = {}
-    for path, x in expected.items():
-        if x.shape == accumulated[path].shape:
-            # The two may be laid out over a mesh in different ways.
-            distance = float(_distance(jax.device_put(accumulated[path], x.sharding), x))
-            errors[path] = _ratio(distance, float(_norm(x)), least[path])
-    return errors
-
-
-@jax.jit
-def _norm(x: jax.Array) -> jax.Array:
+def _norms(arrays: dict[Any, jax.Array]) -> dict[Any, float]:
     """|x| in the 2-norm, without underflow or overflow; NaN where x is not finite."""
-    size = jnp.abs(_as_inexact(x))
-    largest = jnp.max(size, initial=0)
-    return largest * jnp.sqrt(jnp.sum(jnp.square(size / jnp.where(largest > 0, largest, 1))))
+    return {path: float(size) for path, size in _jitted_norms(arrays).items()}
+
+
+def _distances(arrays: dict[str, jax.Array], others: dict[str, jax.Array]) -> dict[str, float]:
+    return {path: float(size) for path, size in _jitted_distances(arrays, others).items()}
 
 
 @jax.jit
-def _distance(x: jax.Array, y: jax.Array) -> jax.Array:
-    return _norm(_as_inexact(x) - _as_inexact(y))
+def _jitted_norms(arrays: PyTree) -> PyTree:
+    def norm(x):
+        size = jnp.abs(_as_inexact(x))
+        largest = jnp.max(size, initial=0)
+        return largest * jnp.sqrt(jnp.sum(jnp.square(size / jnp.where(largest > 0, largest, 1))))
+
+    return jax.tree.map(norm, arrays)
+
+
+@jax.jit
+def _jitted_distances(arrays: PyTree, others: PyTree) -> PyTree:
+    return _jitted_norms(jax.tree.map(lambda x, y: _as_inexact(x) - _as_inexact(y), arrays, others))
 
 
 def _as_inexact(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import pytest
 
 import optaccum
 from optaccum._instruments.diagnose import diagnose
-from optaccum._instruments.references import Results
+from optaccum._instruments.references import Reference, Results
 from optaccum._scanning.call import Call
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -180,7 +180,9 @@ def diagnosed(loss_fn, params, batch, n):
     """The cause from the loss alone, without gradients."""
     value_of = jax.jit(lambda call: Results(loss_fn(*call.diff, *call.batch), (), (), ()))
     call = Call((params,), (batch,), (), (), (), [])
-    return diagnose(value_of, call, n, num_devices=1, resolution=1e-6, value_agrees=False)
+    return diagnose(
+        Reference({}, value_of, value_of, num_devices=1), call, n, resolution=1e-6, value_agrees=False
+    )
 
 
 @pytest.mark.parametrize("name", CAUSES)

@@ -123,9 +123,8 @@ def with_aux(params, batch):
     return each.mean(), aux
 
 
-@pytest.mark.parametrize("n", [3, 4])
-def test_aux_is_compared(n):
-    report = optaccum.verify(with_aux, *problem(), num_microbatches=n, has_aux=True)
+def test_aux_is_compared():
+    report = optaccum.verify(with_aux, *problem(), num_microbatches=3, has_aux=True)
     assert report.ok, str(report)
     names = {"rows", "mean", "ratio", "count", "largest", "last", "stack"}
     assert {f"aux['{name}']" for name in names} | {"aux['least']['x']"} == {
@@ -149,9 +148,9 @@ def aux_of(fn):
     ],
     ids=["count", "mean", "ratio", "norm", "max"],
 )
-@pytest.mark.parametrize("n", [3, 4])
-def test_aux_that_does_not_combine_as_it_stands_names_the_wrapper_that_would(wrong, cause, right, n):
+def test_aux_that_does_not_combine_as_it_stands_names_the_wrapper_that_would(wrong, cause, right):
     params, batch = problem()
+    n = 3  # of 6, 5 and 5 rows
     report = optaccum.verify(aux_of(wrong), params, batch, num_microbatches=n, has_aux=True)
     assert not report.ok
     assert re.search(cause, report.cause, re.IGNORECASE), report.cause
@@ -247,12 +246,11 @@ def test_with_presplit_everything_is_compared_with_a_python_loop():
         }
         return loss, (carry + each.sum(), {"rows": each, "stack": optaccum.Stack(each.max())})
 
-    for count in (4, 3):
-        args = params, batch, jax.random.key(0), jnp.float32(0), count
-        options = {"has_aux": True, "key_argnum": 2, "carry_argnum": 3, "count_argnum": 4, "presplit": True}
-        report = optaccum.verify(lambda *args: terms(*args[:4]), *args, **options)
-        assert report.ok, str(report)
-        assert set(report.leaves) >= {"carry", "aux['rows']", "aux['stack']"}
+    args = params, batch, jax.random.key(0), jnp.float32(0), 3  # of 4
+    options = {"has_aux": True, "key_argnum": 2, "carry_argnum": 3, "count_argnum": 4, "presplit": True}
+    report = optaccum.verify(lambda *args: terms(*args[:4]), *args, **options)
+    assert report.ok, str(report)
+    assert set(report.leaves) >= {"carry", "aux['rows']", "aux['stack']"}
 
     def dropping(params, batch):
         loss = mean_loss(params, batch)

@@ -68,3 +68,36 @@ def test_parameters_that_are_not_on_the_explicit_mesh():
         jax.jit(jax.grad(lambda w, x: jnp.mean((x @ w) ** 2)))(w, x)
     assert optaccum.verify(lambda w, x: jnp.mean((x @ w) ** 2), w, x, **options).ok
     assert not optaccum.verify(lambda w, x: jnp.sum((x @ w) ** 2), w, x, **options).ok
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_carry_aux_and_micro_batches_of_ones_own(axis_type):
+    params, batch = problem()
+
+    def loss_fn(params, batch, carry, key, alike=True):
+        each = losses(params, batch)
+        count = carry["count"] + (1 if alike else 1 + jax.lax.axis_index("data"))
+        carry = {"count": count, "mean": 0.9 * carry["mean"] + 0.1 * each.mean()}
+        noise = optaccum.Stack(jax.random.uniform(key))
+        return each.mean(), (carry, {"rows": each, "last": optaccum.Last(batch["y"].sum()), "noise": noise})
+
+    carry = {"count": jnp.int32(0), "mean": jnp.float32(0)}
+    args = carry, jax.random.key(0)
+    options = {"has_aux": True, "carry_argnum": 2, "key_argnum": 3, "data_axes": "data"}
+    _, params, on_devices = on_mesh(axis_type, params, batch)
+    report = optaccum.verify(loss_fn, params, on_devices, *args, num_microbatches=4, **options)
+    assert report.ok, str(report)
+    expected = {"aux['rows']", "aux['last']", "aux['noise']", "carry['count']", "carry['mean']"}
+    assert expected < set(report.leaves)
+
+    own = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), batch)
+    mesh = jax.tree.leaves(on_devices)[0].sharding.mesh
+    own = jax.device_put(own, NamedSharding(mesh, P(None, "data")))
+    report = optaccum.verify(loss_fn, params, own, *args, presplit=True, **options)
+    assert report.ok, str(report)
+    assert expected < set(report.leaves)
+
+    unlike = functools.partial(loss_fn, alike=False)  # each device counts by itself
+    report = optaccum.verify(unlike, params, own, *args, presplit=True, **options)
+    assert report.leaves["carry['count']"] > 0.1
+    assert report.cause.startswith("carry['count'] is not what the same micro-batches give in a Python loop")

@@ -67,15 +67,17 @@ def run_as(fast: Callable[[PyTree], PyTree], plain: Callable[[PyTree], PyTree]) 
 
     For two functions of one pytree of arrays that compute the same, of which `fast` uses references. References do
     not go through all of `jax.vmap` and differentiation: some fail, and reverse mode inside an outer `lax.scan` gives
-    wrong gradients without an error (JAX 0.10 and 0.12). So `jax.vmap` and derivatives of either mode and any order
-    see `plain` alone; nesting follows, in any order and through `jax.jit`.
+    wrong gradients without an error (JAX 0.10 and 0.12; of the kind of https://github.com/jax-ml/jax/issues/32411). So
+    `jax.vmap` and derivatives of either mode and any order see `plain` alone; nesting follows, in any order and through
+    `jax.jit`.
 
     Args:
       fast: what runs where nothing transforms it; it may close over no tracer.
       plain: what is transformed; it may close over no tracer either.
     """
 
-    # A `custom_jvp` whose function shows the effects of references cannot be lowered ("No state discharge rule").
+    # A `custom_jvp` whose function shows the effects of references cannot be lowered ("No state discharge rule",
+    # https://github.com/jax-ml/jax/pull/13837).
     # `linear_call`, here linear in nothing, is a call that shows none, and is lowered with its references by itself.
     def opaque(operands):
         leaves, structure = jax.tree.flatten(operands)

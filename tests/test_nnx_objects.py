@@ -118,3 +118,17 @@ def test_variables_that_come_or_go_are_named():
 
     with pytest.raises(TypeError, match="adds or removes extra"):
         optaccum.nnx.value_and_grad(growing, num_microbatches=2)(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), X)
+
+
+@pytest.mark.parametrize("make", [optaccum.value_and_grad, optaccum.microbatched, optaccum.chunked])
+def test_the_core_sends_nnx_objects_here(make):
+    """There every micro-batch and every call would draw the same numbers."""
+    fn = make(lambda w, x, rngs: jnp.mean(w * x), num_microbatches=2)
+    for rngs in (nnx.Rngs(0), {"state": [nnx.Variable(jnp.ones(2))]}):
+        with pytest.raises(TypeError, match=r"NNX object, \w+.*optaccum\.nnx.*key_argnum"):
+            fn(1.0, jnp.ones(4), rngs)
+    state = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    grads = optaccum.grad(lambda s, x: jnp.mean(x * s["kernel"][...].sum()), num_microbatches=2)(
+        state, jnp.ones(4)
+    )
+    assert grads["kernel"][...].tolist() == [[1.0, 1.0], [1.0, 1.0]]  # a State is a pytree like another

@@ -277,3 +277,40 @@ def test_mistakes_raise():
 def test_rows_in_a_wrapper_are_named():
     with pytest.raises(TypeError, match=r"Max holds.*bare, to be concatenated"):
         optaccum.chunked(lambda w, x: optaccum.Max(w * x), num_microbatches=2)(1.0, jnp.ones(5))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_data_axes_leave_no_collective_in_the_loops(kind):
+    params, batch = problem(24)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    on_mesh = jax.device_put(batch, NamedSharding(mesh, P("data")))
+    replicated = jax.device_put(params, NamedSharding(mesh, P()))
+
+    def grad_of(**options):
+        encoded = optaccum.chunked(encode, num_microbatches=3, **options)
+
+        def loss_fn(params, batch):
+            image, text = encoded(params, batch)
+            gathered = [
+                jax.lax.with_sharding_constraint(x, P()) if kind == AxisType.Auto else x
+                for x in (image, text)
+            ]
+            if kind == AxisType.Explicit:
+                gathered = [jax.sharding.reshard(x, P()) for x in gathered]
+            return info_nce(params, None, encode=lambda *_: gathered)
+
+        return jax.jit(jax.value_and_grad(loss_fn))
+
+    with jax.set_mesh(mesh):
+        grad_fn = grad_of(data_axes="data")
+        assert_trees_close(
+            jax.device_get(grad_fn(replicated, on_mesh)),
+            jax.device_get(jax.value_and_grad(info_nce)(params, batch)),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+        counts = optaccum.count_collectives(grad_fn.lower(replicated, on_mesh).compile())
+        assert not counts.in_loops
+        assert counts.outside
+        if kind == AxisType.Auto:  # as JAX places them
+            assert optaccum.count_collectives(grad_of().lower(replicated, on_mesh).compile()).in_loops

@@ -187,6 +187,16 @@ def test_what_is_no_key_is_named(make, key):
         make(lambda p, b, key: mean_loss(p, b), num_microbatches=2, key_argnum=2)(PARAMS, BATCH, key)
 
 
+def test_what_is_no_batch_of_rows_is_told_where_to_go():
+    with pytest.raises(ValueError, match=r"batch_argnums within.*closes over has to become an argument"):
+        optaccum.grad(lambda p: mean_loss(p, BATCH), num_microbatches=2)(PARAMS)
+    transposed = BATCH | {"x": BATCH["x"].T}
+    with pytest.raises(ValueError, match=r"same leading size.*presplit=True"):
+        optaccum.grad(mean_loss, num_microbatches=2)(PARAMS, transposed)
+    with pytest.raises(TypeError, match=r"argument 0\['fn'\] to be an array; got function.*eqx\.partition"):
+        optaccum.grad(mean_loss, num_microbatches=2)(PARAMS | {"fn": lambda x: x}, BATCH)
+
+
 def test_array_sizes_are_taken():
     expected = optaccum.value_and_grad(mean_loss, num_microbatches=2)(PARAMS, BATCH)
     assert_trees_equal(

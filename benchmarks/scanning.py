@@ -22,8 +22,8 @@ from benchmarks.sizes import Sizes
 from benchmarks.transformer import loss_fn, make_params, make_tokens
 
 WHOLE, HAND, OPTAX = "no accumulation", "hand-written scan", "optax microbatch"
-OURS, CARRY = "optaccum", "optaccum, in_place=False"
-NAMES = (WHOLE, HAND, OPTAX, OURS, CARRY)
+OURS, CARRY, LOSS = "optaccum", "optaccum, in_place=False", "optaccum.microbatched"
+NAMES = (WHOLE, HAND, OPTAX, OURS, CARRY, LOSS)
 
 
 def _hand_written(loss: Callable[..., Any], k: int) -> Callable[..., Any]:
@@ -50,6 +50,8 @@ def make_grad_fn(
     if name == OPTAX:
         mean = optax.microbatching.AccumulationType.MEAN
         return optax.microbatching.microbatch(jax.value_and_grad(loss), 1, batch_size // k, mean)
+    if name == LOSS:
+        return jax.value_and_grad(optaccum.microbatched(loss, num_microbatches=k))
     return optaccum.value_and_grad(loss, num_microbatches=k, in_place=None if name == OURS else False)
 
 
@@ -98,6 +100,10 @@ def run(sizes: Sizes) -> Section:
     batch_table, batch_target = _batch_copies(sizes)
     tables.append(batch_table)
     targets.append(batch_target)
+    count_table, count_target = _counts(sizes)
+    lowering_table, lowering_target = _lowering(sizes)
+    tables += [count_table, lowering_table]
+    targets += [count_target, lowering_target]
     compile_table, compile_ratio = _compile_times(sizes)
     tables.append(compile_table)
     targets.append(Target(f"compile time, k = {sizes.many} over k = 2", compile_ratio, 1.1))
@@ -164,6 +170,40 @@ def _batch_copies(sizes: Sizes) -> tuple[Table, Target]:
     header = (f"a batch of {4 * examples * features / MIB:.0f} MiB through one layer", "temp, in batches")
     table = Table(header, [(name, f"{number:.2f}") for name, number in numbers.items()])
     return table, Target("batches in temp, over one micro-batch", numbers[OURS] * sizes.k, 1.5)
+
+
+def _counts(sizes: Sizes) -> tuple[Table, Target]:
+    """One program for every count of the caller's micro-batches: what do few of many cost?"""
+    params, n = make_params(sizes, True), 2 * sizes.k
+    tokens = make_tokens(sizes._replace(batch_size=n * sizes.batch_size // sizes.k))
+    tokens = tokens.reshape(n, -1, tokens.shape[1])
+    grad_fn = optaccum.value_and_grad(
+        lambda params, tokens, count: loss_fn(params, tokens), presplit=True, count_argnum=2
+    )
+    compiled = jax.jit(grad_fn).lower(params, tokens, n).compile()
+    counts = {
+        f"{count} of {n}": functools.partial(compiled, params, tokens, count) for count in (1, n // 2, n)
+    }
+    seconds = interleave(counts, sizes.scan_repeats)
+    first, *_, last = seconds
+    rows = [tuple(milliseconds(median(times)) for times in seconds.values())]
+    table = Table(("count_argnum, one program", *seconds), [("time", *rows[0])])
+    return table, Target(f"{first}, over a share of all", ratio(seconds, first, last) * n, 1.3)
+
+
+def _lowering(sizes: Sizes) -> tuple[Table, Target]:
+    """Tracing and lowering many unrolled layers: how often are they walked?"""
+    small = sizes._replace(num_layers=24 if sizes.scan_repeats > 3 else 2, width=32, length=4, vocabulary=64)
+    params, tokens = make_params(small, False), make_tokens(small)
+
+    def lower(name):  # a new function each time: nothing is remembered
+        loss = functools.partial(loss_fn)
+        jax.jit(make_grad_fn(name, small.k, small.batch_size, loss)).lower(params, tokens)
+
+    seconds = interleave({name: functools.partial(lower, name) for name in (HAND, OURS)}, sizes.scan_repeats)
+    cells = (milliseconds(median(seconds[name])) for name in (HAND, OURS))
+    table = Table((f"{small.num_layers} unrolled layers", HAND, OURS), [("time to lower", *cells)])
+    return table, Target("time to lower, over the hand-written scan", ratio(seconds, OURS, HAND), 1.4)
 
 
 def _compile_times(sizes: Sizes) -> tuple[Table, float]:

@@ -99,7 +99,7 @@ def take_micro_batch(call: Call, i: int, n: int, num_devices: int) -> Call:
 def make_reference(subject: Subject, call: Call, n: int, aux_like: PyTree) -> Reference:
     """What the results of a call in n micro-batches are to be compared with; `aux_like` has the wrappers."""
     options, num_devices = subject.options, math.prod(subject.axis_sizes.values())
-    loop = _python_loop(subject)
+    loop = _python_loop(subject, with_grads=True)
     value_of, results_of = _whole_batch(subject)
     if options.presplit:
         micro_batches = [jax.tree.map(lambda x, i=i: x[i], call.batch) for i in range(n)]
@@ -122,7 +122,8 @@ def make_reference(subject: Subject, call: Call, n: int, aux_like: PyTree) -> Re
     beside = {}
     if stacked or jax.tree.leaves(call.carry):
         micro_batches = [take_micro_batch(call, i, n, num_devices).batch for i in range(n)]
-        beside = loop(call, micro_batches, n)._replace(grads=()).by_path()
+        beside = _python_loop(subject, with_grads=options.skip_nonfinite)(call, micro_batches, n)
+        beside = beside._replace(grads=()).by_path()
     return reference._replace(expected=beside | results.by_path())
 
 
@@ -159,7 +160,7 @@ def _whole_value(wrapper: Any) -> Any:
     return wrapper.value if is_wrapper(wrapper) else wrapper
 
 
-def _python_loop(subject: Subject) -> Callable[[Call, Sequence[PyTree], int], Results]:
+def _python_loop(subject: Subject, *, with_grads: bool) -> Callable[[Call, Sequence[PyTree], int], Results]:
     """A function of a call, its micro-batches and how many of them count: their results, one after the other.
 
     With `data_axes` each device takes its own rows of each. Where several micro-batches are the library's, and may
@@ -179,9 +180,12 @@ def _python_loop(subject: Subject) -> Callable[[Call, Sequence[PyTree], int], Re
             terms = loss_terms(loss, float(batch_size_of(batch)))
             return {name: term.total for name, term in terms.items()}, (terms, new_carry, aux)
 
-        totals, pull_back, (terms, new_carry, aux) = jax.vjp(totals_of, call.diff, has_aux=True)
-        zeros = jax.tree.map(jnp.zeros_like, totals)
-        grads = {name: pull_back(zeros | {name: jnp.ones_like(totals[name])})[0] for name in totals}
+        if with_grads:
+            totals, pull_back, (terms, new_carry, aux) = jax.vjp(totals_of, call.diff, has_aux=True)
+            zeros = jax.tree.map(jnp.zeros_like, totals)
+            grads = {name: pull_back(zeros | {name: jnp.ones_like(zeros[name])})[0] for name in totals}
+        else:
+            grads, (_, (terms, new_carry, aux)) = {}, totals_of(call.diff)
         kept = index < count
         if options.skip_nonfinite:
             kept &= jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves((terms, grads))]).all()
@@ -216,7 +220,7 @@ def _python_loop(subject: Subject) -> Callable[[Call, Sequence[PyTree], int], Re
         @jax.jit
         def combine(grads, carry, terms, aux):
             terms = {name: jax.tree.map(lambda x: _total(x, which), term) for name, term in terms.items()}
-            grads = _divide(grads, terms, is_max)
+            grads = _divide(grads, terms, is_max) if grads else ((),)
             return Results(
                 value=loss_value(terms),
                 grads=grads[0] if options.one_argnum else grads,

@@ -131,8 +131,11 @@ def verify(
     accumulated = Results(value, grads, carry, aux).by_path()
     jaxpr, aux_like = _trace(subject, call)
     reference = make_reference(subject, call, n, aux_like)
-    # The two may be laid out over a mesh in different ways.
-    expected = {path: jax.device_put(x, accumulated[path].sharding) for path, x in reference.expected.items()}
+    expected = {
+        path: jax.device_put(x, accumulated[path].sharding)  # they may be laid out in different ways
+        for path, x in reference.expected.items()
+        if x.shape == accumulated[path].shape  # not rows on another axis, of a loss that names a mesh axis
+    }
 
     compute = _compute_tolerance(jaxpr)
     eps = max(float(jnp.finfo(g.dtype).eps) for g in jax.tree.leaves(grads))
@@ -146,20 +149,23 @@ def verify(
         part = reference.results_of(take_micro_batch(call, 0, n, reference.num_devices)).by_path()
         least = _least_sizes([sizes, _norms(part)], call.diff, max(_FLOOR, compute))
         errors = {path: _ratio(distances[path], sizes[path], least[path]) for path in sizes}
-    path, worst = max(errors.items(), key=lambda item: _order(item[1]))
-    wrapper, cause = _wrapper_of(path, aux_like), ""
-    disagree = {path for path, error in errors.items() if error > tolerance and not _is_beside(path)}
+    worst = max(errors.values(), key=_order)
+    cause = ""
     if math.isnan(worst):
         cause = explain_not_finite(not any(map(math.isnan, sizes.values())))
-    elif disagree and not options.presplit:
-        # A value rounds far less than a gradient.
-        resolution = compute / 20 * max(sizes["value"], least["value"])
-        cause = diagnose(reference, call, n, resolution=resolution, value_agrees="value" not in disagree)
-    elif worst > tolerance and (options.presplit or path.startswith("carry") or wrapper in ("Last", "Stack")):
-        cause = explain_loop(path)
     elif worst > tolerance:
-        ratio = float(jnp.sum(accumulated[path])) / float(jnp.sum(expected[path]))
-        cause = explain_aux(path, wrapper, ratio, n, batch_size_of(call.batch))
+        wrong = {path for path, error in errors.items() if error > tolerance and not _is_beside(path)}
+        path = max(errors, key=errors.__getitem__)
+        wrapper = _wrapper_of(path, aux_like)
+        if wrong and not options.presplit:
+            # A value rounds far less than a gradient.
+            resolution = compute / 20 * max(sizes["value"], least["value"])
+            cause = diagnose(reference, call, n, resolution=resolution, value_agrees="value" not in wrong)
+        elif options.presplit or path.startswith("carry") or wrapper in ("Last", "Stack"):
+            cause = explain_loop(path or "the gradient")
+        else:
+            ratio = float(jnp.sum(accumulated[path]) / jnp.sum(expected[path]))
+            cause = explain_aux(path, wrapper, ratio, n, batch_size_of(call.batch))
     return VerifyReport(
         ok=worst <= tolerance,
         max_relative_error=worst,

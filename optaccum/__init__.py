@@ -31,5 +31,6 @@ from optaccum._streaming.state import (
     has_updated as has_updated,
     weight_total as weight_total,
 )
+from optaccum._streaming.value_and_update import value_and_update as value_and_update
 
 __version__ = "0.1.0"

@@ -41,8 +41,8 @@ MUTATIONS = [
     ),
     Mutation(
         "streaming: the window is never reset",
-        "jnp.where(state.micro_step == 0, term, total.astype(wide) + term)",
-        "jnp.where(state.gradient_step < 0, term, total.astype(wide) + term)",
+        "return jnp.where(first, term, total.astype(wide) + term)",
+        "return jnp.where(False, term, total.astype(wide) + term)",
         STREAMING,
     ),
     Mutation(
@@ -135,6 +135,18 @@ MUTATIONS = [
         "is_open = inside.micro_step > 0",
         "is_open = inside.micro_step >= 0",
         "streaming/test_flush.py",
+    ),
+    Mutation(
+        "value_and_update: the backward pass runs at a weight of zero",
+        "lax.while_loop(lambda go: go, once, weight != 0)",
+        "once(weight != 0)",
+        "streaming/test_value_and_update.py -k nan",
+    ),
+    Mutation(
+        "value_and_update: a window does not start afresh",
+        "starts = [jnp.where(operands.first, jnp.zeros_like(x), x) for x in operands.sums]",
+        "starts = operands.sums",
+        "streaming/test_value_and_update.py -k gradient_and_apply",
     ),
     Mutation(
         "noise scale: by the formula for equal weights",

@@ -23,6 +23,7 @@ STREAMING = [
     "from_multi_steps",
     "has_updated",
     "until_weight",
+    "value_and_update",
     "weight_total",
 ]
 SCANNING = [

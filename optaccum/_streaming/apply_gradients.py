@@ -12,8 +12,8 @@ from jax import lax
 from optaccum._dtypes import is_float0, is_numeric, keep_avals
 from optaccum._run_if import run_if
 from optaccum._streaming.accumulate import options_of
-from optaccum._streaming.state import AccumulateState, check_is_state, is_state, states_in
-from optaccum._streaming.window import close, close_with_updates, enter, make_inner_update
+from optaccum._streaming.state import AccumulateState, check_gradients, check_is_state, is_state, states_in
+from optaccum._streaming.window import Options, close, close_with_updates, enter, make_inner_update
 from optaccum._trace import trace
 from optaccum._varying import zeros_of
 
@@ -87,6 +87,18 @@ def apply_gradients(
         updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **given, **extra_args)
         return _apply(params, updates), state
     state, full = enter(options, grads, state, params, weight, denominator, emit, extra_args)
+    return close_in_place(options, state, full, grads, params, extra_args)
+
+
+def close_in_place(
+    options: Options,
+    state: AccumulateState,
+    full: jax.Array,
+    grads: optax.Updates,
+    params: optax.Params,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Params, AccumulateState]:
+    """`close`, for the parameters; those whose gradient is None or float0 are handed back as they are."""
     inner_update, _ = make_inner_update(options, grads, state, params, extra_args)
 
     def moves(grad, param):
@@ -167,7 +179,7 @@ def flush(
     unseen = {name: jnp.zeros([], jnp.float32) for s in states for name in dict(s.extra_sums)}
     extra_args = unseen | extra_args
     if options is not None:
-        grads = jax.tree.map(_struct_of_gradient, inside.grad_sum, params, is_leaf=lambda x: x is None)
+        grads = gradients_like(params, inside.grad_sum)
         is_open = inside.micro_step > 0
         updates, inside = close_with_updates(options, inside, is_open, grads, params, extra_args)
     else:
@@ -209,18 +221,32 @@ def _flush_inside(
     return run_if(is_open, end_once, (zeros_of(traced.structs[0]), state))
 
 
-def _zero_gradient(param: Any) -> Any:
-    """What `jax.grad` would give for this parameter."""
+def gradient_like(param: Any) -> Any:
+    """What `jax.grad` gives for this parameter, as a `jax.ShapeDtypeStruct`; None for what is no array."""
     if not is_numeric(param):
         return None
-    if jnp.issubdtype(jnp.result_type(param), jnp.inexact):
-        return jnp.zeros_like(param)
-    return np.zeros(jnp.shape(param), jax.dtypes.float0)
+    is_float = jnp.issubdtype(jnp.result_type(param), jnp.inexact)
+    dtype = jnp.result_type(param) if is_float else jax.dtypes.float0
+    return jax.ShapeDtypeStruct(jnp.shape(param), dtype)
 
 
-def _struct_of_gradient(total: Any, param: Any) -> Any:
-    if total is None:
-        return None
-    dtype = jnp.result_type(param)
-    is_float = jnp.issubdtype(dtype, jnp.inexact)
-    return jax.ShapeDtypeStruct(total.shape, dtype if is_float else jax.dtypes.float0)
+def _zero_gradient(param: Any) -> Any:
+    like = gradient_like(param)
+    if like is None or is_float0(like):
+        return None if like is None else np.zeros(like.shape, like.dtype)
+    return jnp.zeros_like(param)
+
+
+def gradients_like(params: optax.Params, grad_sum: optax.Updates) -> optax.Updates:
+    """What `jax.grad` would give for the parameters that have a sum, as `jax.ShapeDtypeStruct`; None for the others."""
+
+    def struct(total, param):
+        return None if total is None else gradient_like(param)
+
+    try:
+        grads = jax.tree.map(struct, grad_sum, params, is_leaf=lambda x: x is None)
+    except ValueError as error:
+        error.add_note("The parameters are not those that init was given.")
+        raise
+    check_gradients(grads, grad_sum)
+    return grads

@@ -5,7 +5,6 @@ multiplied by a mask (0 * NaN is NaN): what does not count is replaced by zero, 
 last sums.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,16 +90,23 @@ def enter(
         noise_state = add_term(noise_state, state.micro_step == 0, came, count.weight, count.scales)
 
     def add_gradient(total, grad):
-        wide = at_least_float32(total.dtype)
-        term = grad.astype(wide) * count.weight.astype(wide) if count.scales else grad.astype(wide)
-        added = jnp.where(state.micro_step == 0, term, total.astype(wide) + term).astype(total.dtype)
-        return _unless(skip, added, total)
+        new = added(total, grad, state.micro_step == 0, count.weight if count.scales else None)
+        return _unless(skip, new, total)
 
     return entered._replace(
         grad_sum=jax.tree.map(add_gradient, state.grad_sum, grads),
         skip_state=skip_state,
-        noise_state=jax.tree.map(functools.partial(_unless, skip), noise_state, state.noise_state),
+        noise_state=jax.tree.map(lambda new, old: _unless(skip, new, old), noise_state, state.noise_state),
     ), full
+
+
+def added(
+    total: jax.Array, grad: jax.Array, first: jax.Array | bool, weight: jax.Array | None = None
+) -> jax.Array:
+    """The sum with one more gradient, times its weight; that alone where it is the first."""
+    wide = at_least_float32(total.dtype)
+    term = grad.astype(wide) if weight is None else grad.astype(wide) * weight.astype(wide)
+    return jnp.where(first, term, total.astype(wide) + term).astype(total.dtype)
 
 
 def weigh(options: Options, weight: Any, denominator: Any, extra_args: dict[str, Any]) -> Count:
@@ -210,9 +216,6 @@ def close(
       full: shape=(), bool.
       target: what `step_fn` replaces: the updates, or the parameters.
       step_fn: (target, inner_state, gradient, averaged extra args) -> (target, inner_state).
-
-    Returns:
-      The target and the state, ready for the next micro-step.
     """
     emits = full & (state.weight_sum != 0)
     state = _divide(options, state, emits)

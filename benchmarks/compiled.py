@@ -7,7 +7,6 @@ tests/compilers assert on the same programs.
 import functools
 import importlib.metadata
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from tqdm import tqdm
 import optaccum
 from benchmarks import scanning, sizes as all_sizes, streaming, transformer
 from benchmarks.measure import MIB, num_bytes, temp_bytes
-from benchmarks.report import Section, Table, section_markdown
+from benchmarks.report import Section, Table, replace_section, section_markdown
 from benchmarks.traffic import Traffic, count_traffic
 from examples._targets import find
 
@@ -153,9 +152,8 @@ def run() -> Section:
 
 
 def _streaming_table(name: str, inner: Any, bar: tqdm) -> Table:
-    header = [f"{name}, streaming"]
-    for device in TARGETS:
-        header += [f"{device}: temp", "each call", "update", f"window of {SIZES.k}"]
+    columns = ("temp", "each call", "update", f"window of {SIZES.k}")
+    header = [f"{name}, streaming", *(f"{device}: {column}" for device in TARGETS for column in columns)]
     rows = []
     for contender in STREAMING:
         cells = [contender]
@@ -187,9 +185,11 @@ def _transformer_table(scanned: bool, step: bool, bar: tqdm) -> Table:
 
 
 def _data_parallel_table(bar: tqdm) -> Table:
-    header = ["8 devices, gradients"]
-    for device in POD_TARGETS:
-        header += [f"{device}: temp", "collectives in loops", "outside"]
+    columns = ("temp", "crosses in loops", "outside")
+    header = [
+        "8 devices, gradients",
+        *(f"{device}: {column}" for device in POD_TARGETS for column in columns),
+    ]
     rows = []
     for contender in (HAND, OPTAX, OURS, DATA_AXES):
         program, cells = data_parallel_program(contender), [contender]
@@ -235,20 +235,6 @@ def _text() -> str:
         "On 8 devices each has as many rows as the one; ours is a loss weighted by tokens. What crosses: instructions, "
         "and the bytes of their results on one device, a loop's body counted once."
     )
-
-
-def replace_section(results: str, section: str) -> str:
-    """The results with this section in the place of the one with its title, or at the end."""
-    title = section.partition("\n")[0]
-    kept = re.sub(
-        rf"^{re.escape(title)}\n.*?(?=^## |\Z)",
-        lambda _: section.strip() + "\n\n",
-        results,
-        flags=re.M | re.S,
-    )
-    if title not in results:
-        kept = results.rstrip() + "\n\n" + section.strip()
-    return kept.rstrip() + "\n"
 
 
 if __name__ == "__main__":

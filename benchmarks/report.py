@@ -1,5 +1,6 @@
 """Tables and targets as Markdown."""
 
+import re
 from typing import NamedTuple
 
 
@@ -47,6 +48,18 @@ def section_markdown(section: Section) -> str:
     if section.targets:
         parts.append(to_markdown(targets_table(section.targets)))
     return "\n\n".join(parts)
+
+
+def find_section(results: str, title: str) -> str:
+    """The section with this title, as Markdown; empty where there is none."""
+    found = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", results, re.MULTILINE | re.DOTALL)
+    return found[0].strip() if found else ""
+
+
+def replace_section(results: str, section: str) -> str:
+    """The results with this section in the place of the one of its title, or at the end."""
+    old = find_section(results, section.partition("\n")[0].removeprefix("## "))
+    return results.replace(old, section) if old else f"{results.rstrip()}\n\n{section}\n"
 
 
 def milliseconds(seconds: float) -> str:

@@ -1,15 +1,15 @@
 """Draws the documentation's figures, each for light and for dark pages: `make figures`.
 
-What a figure shows is measured by this script.
+What a figure shows is measured by this script, or read from the benchmark's results.
 """
 
+import itertools
 import pathlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import matplotlib
-import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
@@ -17,6 +17,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 import optaccum
 
 FOLDER = pathlib.Path(__file__).parent
+ROOT = FOLDER.parent.parent
 # Okabe and Ito's palette, told apart by every kind of colour vision; lighter on dark pages.
 THEMES = {
     "light": {
@@ -147,69 +148,72 @@ def memory(measured: dict[bool, dict[int, float]]) -> Callable[[Figure, dict[str
     return draw
 
 
-def parameter_copies(step: Callable[..., object], *args: object, donate: tuple[int, ...] = ()) -> float:
-    """Temp memory of a compiled step whose first argument is the parameters, in copies of these."""
-    program = jax.jit(step, donate_argnums=donate).lower(*args).compile()
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(args[0]))
-    return program.memory_analysis().temp_size_in_bytes / size
-
-
-def measure_overview() -> dict[str, dict[str, float]]:
-    """Temp memory in copies of the parameters: of a streaming step, and of a gradient in micro-batches."""
-    layers, width, batch_size, length, n = 8, 256, 16, 128, 8
-    params = {
-        "up": jax.ShapeDtypeStruct((layers, width, 4 * width), "float32"),
-        "down": jax.ShapeDtypeStruct((layers, 4 * width, width), "float32"),
-    }
-    batch = jax.ShapeDtypeStruct((batch_size, length, width), "float32")
-    loss_fn = loss_of(remat=True)
-    multi_steps = optax.MultiSteps(optax.adamw(1e-3), n)
-    accumulating = optaccum.accumulate(optax.adamw(1e-3), n)
-
-    def two_calls(tx):
-        def step(params, state, grads):
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        return parameter_copies(step, params, jax.eval_shape(tx.init, params), params, donate=(0, 1))
-
-    def in_place(params, state, grads):
-        return optaccum.apply_gradients(accumulating, grads, state, params)
-
-    state = jax.eval_shape(accumulating.init, params)
-    microbatch = optax.microbatching.microbatch(
-        jax.value_and_grad(loss_fn),
-        argnums=1,
-        microbatch_size=batch_size // n,
-        accumulator=optax.microbatching.AccumulationType.MEAN,
-    )
+def read_table(title: str) -> dict[str, dict[str, float]]:
+    """A table of the benchmark's results, by its first heading: row -> column -> number."""
+    lines = (ROOT / "benchmarks" / "RESULTS.md").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(f"| {title} |"))
+    rows = [line.strip("| ").split(" | ") for line in itertools.takewhile(str.strip, lines[first:])]
     return {
-        "Streaming, AdamW": {
-            "optax.MultiSteps": two_calls(multi_steps),
-            "optaccum, update": two_calls(accumulating),
-            "optaccum, apply_gradients": parameter_copies(in_place, params, state, params, donate=(0, 1)),
-        },
-        "Scanned, 8 micro-batches": {
-            "the whole batch at once": parameter_copies(jax.value_and_grad(loss_fn), params, batch),
-            "optax microbatch": parameter_copies(microbatch, params, batch),
-            "optaccum": parameter_copies(optaccum.value_and_grad(loss_fn, num_microbatches=n), params, batch),
-        },
+        row[0]: {column: float(cell) for column, cell in zip(rows[0][1:], row[1:], strict=True)}
+        for row in rows[2:]
     }
 
 
-def overview(measured: dict[str, dict[str, float]]) -> Callable[[Figure, dict[str, str]], None]:
+PANELS = {
+    # Title -> (table, end of the columns' names, what the bars are called).
+    "Streaming, AdamW: passes over memory in a window of 8": (
+        "AdamW, streaming",
+        "window of 8",
+        {"optax.MultiSteps": "optax.MultiSteps", "apply_gradients": "optaccum, apply_gradients"},
+    ),
+    "Scanned layers, gradients: temp memory": (
+        "scanned layers, gradients",
+        "temp",
+        {
+            "one micro-batch alone": "one micro-batch alone",
+            "optax microbatch": "optax microbatch",
+            "optaccum": "optaccum",
+        },
+    ),
+}
+
+
+def read_overview() -> dict[str, dict[str, dict[str, float]]]:
+    """By panel, bar and device, what the accelerators' own compilers say; in copies of the parameters."""
+    return {
+        panel: {
+            name: {
+                column.partition(":")[0]: number
+                for column, number in rows[row].items()
+                if column.endswith(column_end)
+            }
+            for row, name in names.items()
+        }
+        for panel, (title, column_end, names) in PANELS.items()
+        for rows in [read_table(title)]
+    }
+
+
+def overview(read: dict[str, dict[str, dict[str, float]]]) -> Callable[[Figure, dict[str, str]], None]:
+    """Bars in pairs, TPU above H100; the library's in colour."""
+
     def draw(figure, colors):
-        for axes, (title, bars) in zip(figure.subplots(1, 2), measured.items(), strict=True):
-            bar_colors = [colors["first"] if "optaccum" in name else colors["faint"] for name in bars]
-            drawn = axes.barh(list(bars), list(bars.values()), color=bar_colors, height=0.6)
-            axes.bar_label(drawn, fmt="%.1f", padding=5)
+        for axes, (title, bars) in zip(figure.subplots(1, 2), read.items(), strict=True):
+            for place, (name, numbers) in enumerate(bars.items()):
+                color = colors["first"] if "optaccum" in name else colors["faint"]
+                for offset, (device, number) in zip((-0.2, 0.2), numbers.items(), strict=True):
+                    drawn = axes.barh(
+                        place + offset, number, height=0.36, color=color, alpha=1 if offset < 0 else 0.6
+                    )
+                    axes.bar_label(drawn, [f"{number:.3g}  {device}"], padding=5, fontsize=9)
+            axes.set_yticks(range(len(bars)), list(bars))
             axes.set_title(title, fontsize=11, loc="left")
-            axes.set_xlim(0, 5.6)
+            axes.set_xlim(0, 1.35 * max(max(numbers.values()) for numbers in bars.values()))
             axes.invert_yaxis()
             axes.set_xticks([])
             axes.tick_params(left=False)
             axes.spines[["top", "right", "bottom"]].set_visible(False)
-        figure.supxlabel("temp memory of the compiled program, in copies of the parameters", fontsize=11)
+        figure.supxlabel("in copies of the parameters, as compiled for TPU v5e and H100", fontsize=11)
 
     return draw
 
@@ -222,10 +226,7 @@ def main() -> dict[bool, dict[int, float]]:
     for n in measured[False]:
         print(f"{n:13} {measured[False][n]:7.1f} {measured[True][n]:21.1f}")
     save(memory(measured), "memory", (7, 3.8))
-    copies = measure_overview()
-    for title, bars in copies.items():
-        print(title, *(f"  {name:26} {value:.2f} parameter copies" for name, value in bars.items()), sep="\n")
-    save(overview(copies), "overview", (9.5, 2.6))
+    save(overview(read_overview()), "overview", (10.5, 2.8))
     return measured
 
 

@@ -53,7 +53,7 @@ compilers: ## Compile for TPU and H100, which need not be here; check memory and
 
 bench-compiled: ## Write what these compilers say into the benchmark's results
 	@$(MAKE) --no-print-directory VENV=$(COMPILERS) $(COMPILERS)/.installed-compilers
-	@$(COMPILERS)/bin/python -m benchmarks.compiled
+	@$(COMPILERS)/bin/python -m benchmarks.compiled $(ARGS)
 
 docs: $(VENV)/.installed-docs ## Build the documentation into site/, strictly and without the network
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)

@@ -1,12 +1,13 @@
 """What the compilers of TPU v5e and H100 make of the library and its peers; no accelerator is needed.
 
-`make bench-compiled` writes the section of RESULTS.md, and leaves the others as they are. The tests in
-tests/compilers assert on the same programs.
+`make bench-compiled` writes the section of RESULTS.md, table by table, and leaves the others as they are;
+`make bench-compiled ARGS="'AdamW, streaming'"` that table alone. The tests in tests/compilers assert on such programs.
 """
 
 import functools
 import importlib.metadata
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 import optaccum
 from benchmarks import scanning, sizes as all_sizes, streaming, transformer
 from benchmarks.measure import MIB, num_bytes, temp_bytes
-from benchmarks.report import Section, Table, replace_section, section_markdown
+from benchmarks.report import Table, find_section, replace_section, to_markdown
 from benchmarks.traffic import Traffic, count_traffic
 from examples._targets import find
 
@@ -141,24 +142,25 @@ def data_parallel_program(name: str, num_devices: int = 8) -> Program:
     return Program(grad_fn, (params, tokens), batch=1)
 
 
-def run() -> Section:
-    with tqdm(total=len(INNER) * len(STREAMING) * 2 + 2 * 2 * 4 * 2 + 4 * 2, unit="program") as bar:
-        tables = [_streaming_table(name, make(), bar) for name, make in INNER.items()]
-        tables += [
-            _transformer_table(scanned, step, bar) for scanned in (True, False) for step in (False, True)
-        ]
-        tables.append(_data_parallel_table(bar))
-    return Section(TITLE, _text(), tables, [])
+def tables() -> dict[str, Callable[[], Table]]:
+    """Makers of the section's tables, by their first heading."""
+    makers: dict[str, Callable[[], Table]] = {
+        f"{name}, streaming": functools.partial(_streaming_table, name, inner)
+        for name, inner in INNER.items()
+    }
+    for scanned, step in ((True, False), (True, True), (False, False), (False, True)):
+        makers[scanning.title_of(scanned, step)] = functools.partial(_transformer_table, scanned, step)
+    return makers | {"8 devices, gradients": _data_parallel_table}
 
 
-def _streaming_table(name: str, inner: Any, bar: tqdm) -> Table:
+def _streaming_table(name: str, make_inner: Callable[[], Any]) -> Table:
     columns = ("temp", "each call", "update", f"window of {SIZES.k}")
     header = [f"{name}, streaming", *(f"{device}: {column}" for device in TARGETS for column in columns)]
     rows = []
     for contender in STREAMING:
         cells = [contender]
         for target in TARGETS.values():
-            programs = streaming_programs(contender, inner)
+            programs = streaming_programs(contender, make_inner())
             size = num_bytes(programs[0].args[0])
             compiled = [program.compile(target) for program in programs]
             traffic = [count_traffic(program.as_text()) for program in compiled]
@@ -167,24 +169,22 @@ def _streaming_table(name: str, inner: Any, bar: tqdm) -> Table:
             each, emit = (number / size for number in traffic[0])
             temp = max(temp_bytes(program) for program in compiled) / size
             cells += [f"{temp:.2f}", f"{each:.1f}", f"{emit:.1f}", f"{SIZES.k * each + emit:.0f}"]
-            bar.update()
         rows.append(tuple(cells))
     return Table(tuple(header), rows)
 
 
-def _transformer_table(scanned: bool, step: bool, bar: tqdm) -> Table:
+def _transformer_table(scanned: bool, step: bool) -> Table:
     header = (scanning.title_of(scanned, step), *(f"{device}: temp" for device in TARGETS))
     rows = []
     for contender in (ALONE, HAND, OPTAX, OURS):
         program, cells = transformer_program(contender, scanned=scanned, step=step), [contender]
         for target in TARGETS.values():
             cells.append(f"{temp_copies(program.compile(target), program.args[0]):.2f}")
-            bar.update()
         rows.append(tuple(cells))
     return Table(header, rows)
 
 
-def _data_parallel_table(bar: tqdm) -> Table:
+def _data_parallel_table() -> Table:
     columns = ("temp", "crosses in loops", "outside")
     header = [
         "8 devices, gradients",
@@ -200,7 +200,6 @@ def _data_parallel_table(bar: tqdm) -> Table:
                 f"{temp_copies(compiled, program.args[0]):.2f}",
                 *map(_listed, (counts.in_loops, counts.outside), counts[2:]),
             ]
-            bar.update()
         rows.append(tuple(cells))
     return Table(tuple(header), rows)
 
@@ -237,6 +236,22 @@ def _text() -> str:
     )
 
 
-if __name__ == "__main__":
+def main(titles: list[str]) -> None:
+    """Make the tables of these titles, all where there are none; the section keeps its other tables."""
+    makers = tables()
+    if unknown := set(titles) - set(makers):
+        raise SystemExit(f"error: no table {', '.join(sorted(unknown))}; choose from {', '.join(makers)}")
     jax.config.update("jax_platforms", "cpu")
-    RESULTS.write_text(replace_section(RESULTS.read_text(), section_markdown(run())))
+    for title in (progress := tqdm(titles or list(makers), unit="table")):
+        progress.set_description(title)
+        made = to_markdown(makers[title]())
+        results = RESULTS.read_text()
+        old = find_section(results, TITLE).split("\n\n")
+        blocks = {name: block for name in makers for block in old if block.startswith(f"| {name} |")}
+        blocks[title] = made
+        section = "\n\n".join([f"## {TITLE}", _text(), *(blocks[name] for name in makers if name in blocks)])
+        RESULTS.write_text(replace_section(results, section))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -149,8 +149,8 @@ def memory(measured: dict[bool, dict[int, float]]) -> Callable[[Figure, dict[str
 
 
 def read_table(title: str) -> dict[str, dict[str, float]]:
-    """A table of the benchmark's results, by its first heading: row -> column -> number."""
-    lines = (ROOT / "benchmarks" / "RESULTS.md").read_text().splitlines()
+    """A table of the benchmark as compiled for accelerators, by its first heading: row -> column -> number."""
+    lines = (ROOT / "benchmarks" / "RESULTS.md").read_text().partition("\n## As compiled")[2].splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith(f"| {title} |"))
     rows = [line.strip("| ").split(" | ") for line in itertools.takewhile(str.strip, lines[first:])]
     return {
@@ -205,10 +205,11 @@ def overview(read: dict[str, dict[str, dict[str, float]]]) -> Callable[[Figure, 
                     drawn = axes.barh(
                         place + offset, number, height=0.36, color=color, alpha=1 if offset < 0 else 0.6
                     )
-                    axes.bar_label(drawn, [f"{number:.3g}  {device}"], padding=5, fontsize=9)
+                    decimals = ".2f" if number < 10 else ".0f"
+                    axes.bar_label(drawn, [f"{number:{decimals}}  {device}"], padding=5, fontsize=9)
             axes.set_yticks(range(len(bars)), list(bars))
             axes.set_title(title, fontsize=11, loc="left")
-            axes.set_xlim(0, 1.35 * max(max(numbers.values()) for numbers in bars.values()))
+            axes.set_xlim(0, 1.45 * max(max(numbers.values()) for numbers in bars.values()))
             axes.invert_yaxis()
             axes.set_xticks([])
             axes.tick_params(left=False)

@@ -124,7 +124,8 @@ def make_reference(subject: Subject, call: Call, n: int, aux_like: PyTree) -> Re
         micro_batches = [take_micro_batch(call, i, n, num_devices).batch for i in range(n)]
         beside = _python_loop(subject, with_grads=options.skip_nonfinite)(call, micro_batches, n)
         beside = beside._replace(grads=()).by_path()
-    return reference._replace(expected=beside | results.by_path())
+        beside.pop("value")
+    return reference._replace(expected=results.by_path() | beside)
 
 
 def _whole_batch(subject: Subject) -> tuple[Callable[[Call], Results], Callable[[Call], Results]]:

@@ -96,7 +96,8 @@ def has_updated(opt_state: Any) -> jax.Array:
       [False, True, False, True]
     """
     find_states(opt_state)
-    flags = [flag for _, flag in optax.tree_utils.tree_get_all_with_path(opt_state, "has_updated")]
+    found = optax.tree_utils.tree_get_all_with_path(opt_state, "has_updated")
+    flags = [x for path, x in found if getattr(path[-1], "tuple_name", "") == AccumulateState.__name__]
     return functools.reduce(
         jnp.logical_and, map(jnp.asarray, flags)
     )  # without a constant, which eager calls transfer

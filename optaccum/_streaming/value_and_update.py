@@ -132,7 +132,6 @@ def value_and_update(
     if obstacle and in_place:
         raise _not_in_place(obstacle)
 
-    @functools.wraps(loss_fn, assigned=("__name__", "__qualname__"), updated=())
     def step(params, state, *args, weight=None, denominator=None, emit=None, **extra_args):
         given = Given(weight, denominator, emit, extra_args)
 

@@ -42,6 +42,13 @@ def test_has_updated_is_true_where_all_of_several_have():
     assert optaccum.weight_total(state) == 12.0
 
 
+def test_what_only_bears_the_name_is_not_asked():
+    tx = optaccum.accumulate(optax.sgd(1.0), 1)
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    assert optaccum.has_updated({"state": state, "has_updated": False})
+    assert not optaccum.has_updated({"state": tx.init(PARAMS), "has_updated": True})
+
+
 def test_has_updated_works_inside_jit():
     tx = optax.chain(optaccum.accumulate(optax.sgd(1.0), 1))
     updated = jax.jit(lambda s: optaccum.has_updated(tx.update(PARAMS, s, PARAMS)[1]))(tx.init(PARAMS))

@@ -305,7 +305,7 @@ def test_no_buffer_of_the_gradient(kwargs):
     batch = (jnp.ones((2, 128)), jnp.ones(2))
 
     def temp_copies(step):
-        jitted = jax.jit(step, donate_argnums=(0, 1))
+        jitted = jax.jit(step, donate_argnames=("params", "state"))
         memory = jitted.lower(params, TX.init(params), *batch, **kwargs).compile().memory_analysis()
         return memory.temp_size_in_bytes / num_bytes
 

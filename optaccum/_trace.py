@@ -7,13 +7,15 @@ import jax
 from jax.extend import core as jex_core
 from jax.interpreters import partial_eval
 
+from optaccum._tied import Tied, call_tied
+
 PyTree = Any
 
 
 class Traced(NamedTuple):
     """A function that has been traced once. It holds no tracer: what the function closed over comes in again."""
 
-    call: Callable[..., Any]  # (consts, *args) -> what the function returns
+    call: Callable[..., Any]  # (consts, *args) -> what the function returns; leaves may be Tied
     structs: PyTree  # of what it returns
     # By name: the mesh and `vmap` axes that it communicates over, the types of other effects.
     effects: frozenset[str]
@@ -32,7 +34,9 @@ def trace(fn: Callable[..., Any], *args: PyTree) -> tuple[Traced, list[Any]]:
     call_flat = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(jaxpr, ()))
 
     def call(consts, *args):
-        return jax.tree.unflatten(structure, call_flat(*consts, *jax.tree.leaves(args)))
+        leaves = [*consts, *jax.tree.leaves(args)]
+        is_tied = any(isinstance(x, Tied) for x in leaves)
+        return jax.tree.unflatten(structure, call_tied(jaxpr, leaves) if is_tied else call_flat(*leaves))
 
     def depends_on(output):
         wanted = [i == output for i in range(structure.num_leaves)]

@@ -107,12 +107,6 @@ def split_call(roles: Roles, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     return call, Layout(roles, len(args), structure, static)
 
 
-def by_name(layout: Layout, call: Call) -> dict[str, PyTree]:
-    """A call's arguments but the batch, by names for error messages."""
-    diff = {f"argument {i}": x for i, x in zip(layout.roles.diff, call.diff, strict=True)}
-    return diff | {"the key": call.key, "the carry": call.carry, "another argument": call.rest}
-
-
 def join_call(layout: Layout, call: Call) -> tuple[list[Any], dict[str, Any]]:
     """The inverse of `split_call`: positional and keyword arguments."""
     arrays, roles = iter(call.rest), layout.roles

@@ -53,8 +53,8 @@ def chunked(
       microbatch_size: at most this many examples at once.
       batch_argnums: the positional argument or arguments to split; every leaf leads with the batch axis.
       key_argnum: a PRNG key, or a pytree of them; micro-batch i gets `jax.random.fold_in(key, i)`.
-      data_axes: mesh axes that the batch, and no other argument, is sharded over, as for :func:`value_and_grad`: no
-        collective in the loops, and outputs that lead with rows stay sharded.
+      data_axes: mesh axes that the batch is sharded over, as for :func:`value_and_grad`: no collective in the loops,
+        and outputs that lead with rows stay sharded. Other arguments are gathered once.
 
     Returns:
       A function of `fn`'s arguments that returns what `fn` returns on the whole batch.

@@ -11,13 +11,13 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optaccum._dtypes import at_least_float32
-from optaccum._scanning.call import Roles, by_name, split_call
+from optaccum._scanning.call import Roles, split_call
 from optaccum._scanning.split import batch_size_of, num_and_size_of
 
 PyTree = Any
 
 
-def _sharding(x: jax.Array) -> NamedSharding:
+def sharding_of(x: jax.Array) -> NamedSharding:
     """A concrete array's own where it names a mesh, else what its type shows."""
     if not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding):
         return x.sharding
@@ -33,7 +33,7 @@ def find_mesh(args: PyTree, axes: tuple[str, ...]) -> Any:
     meshes = []
     for x in jax.tree.leaves(args):
         if isinstance(x, jax.Array):
-            meshes.append(_sharding(x).mesh)
+            meshes.append(sharding_of(x).mesh)
     meshes.append(jax.sharding.get_abstract_mesh())
     meshes = [mesh for mesh in meshes if not mesh.empty]
     for mesh in meshes:
@@ -72,30 +72,23 @@ def as_axes(data_axes: Any) -> tuple[str, ...]:
     return axes
 
 
-def check_layout(replicated: dict[str, PyTree], batch_size: int, mesh: Any, axes: tuple[str, ...]) -> None:
-    """Raises where rows do not divide over the devices, or what is not the batch is seen to be sharded over them."""
+def check_rows(batch_size: int, mesh: Any, axes: tuple[str, ...]) -> None:
+    """Raises where rows do not divide over the devices."""
     num_devices = math.prod(mesh.shape[axis] for axis in axes)
     if batch_size % num_devices:
         raise ValueError(
             f"expected the batch to divide over the {num_devices} devices along data_axes={axes}; got "
             f"{batch_size} rows. Pad the batch with rows of weight 0, or leave data_axes out."
         )
-    for (name, *path), x in jax.tree_util.tree_leaves_with_path(replicated):
-        if not isinstance(x, jax.Array):
-            continue
-        spec = _sharding(x).spec
-        if set(axes) & {name for entry in spec for name in _names(entry)}:
-            raise ValueError(
-                f"expected only the batch to be sharded over data_axes={axes}; got {spec} at "
-                f"{name.key}{jax.tree_util.keystr(tuple(path))}. With parameters sharded over a data axis (FSDP), "
-                "leave data_axes out."
-            )
 
 
 def compile_call(
-    fn: Callable[..., Any], roles: Roles, axes: tuple[str, ...], presplit: bool = False
+    fn: Callable[..., Any], roles: Roles, axes: tuple[str, ...], presplit: bool = False, place: Any = None
 ) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    """`fn(layout, mesh, call)` as a function of args and kwargs, compiled once for each layout, mesh and shapes."""
+    """`fn(layout, mesh, call)` as a function of args and kwargs, compiled once for each layout, mesh and shapes.
+
+    In place of the mesh comes what `place(mesh, call)` returns, if it is given.
+    """
     compiled = jax.jit(fn, static_argnums=(0, 1))
 
     def call_fn(args, kwargs):
@@ -103,24 +96,31 @@ def compile_call(
         mesh = find_mesh(call, axes) if axes else None
         if mesh is not None:
             num_rows = num_and_size_of(call.batch)[1] if presplit else batch_size_of(call.batch)
-            check_layout(by_name(layout, call), num_rows, mesh, axes)
+            check_rows(num_rows, mesh, axes)
+            mesh = mesh if place is None else place(mesh, call)
         return compiled(layout, mesh, call)
 
     return call_fn
 
 
 def over_devices(
-    fn: Callable[..., Any], mesh: Any, axes: tuple[str, ...], batch_axis: int
+    fn: Callable[..., Any],
+    mesh: Any,
+    axes: tuple[str, ...],
+    batch_axis: int,
+    in_specs: PyTree = PartitionSpec(),  # noqa: B008
+    out_specs: PyTree = PartitionSpec(),  # noqa: B008
 ) -> Callable[..., Any]:
-    """`fn(batch, *replicated) -> (replicated, rows)`, each device with its own rows of the batch.
+    """`fn(batch, others) -> (results, rows)`, each device with its own rows of the batch.
 
-    Outputs in the first place must be equal on all devices; those in the second lead with rows, which come
-    back in device order. `batch_axis`: the axis of the batch's leaves that is divided.
+    The others come, and results leave, as their specs say (prefixes, of these axes alone): whole, unless told
+    otherwise, and results equal on all devices. `rows` lead with rows, which come back in device order. `batch_axis`:
+    the axis of the batch's leaves that is divided.
     """
     by_rows = PartitionSpec(*(None,) * batch_axis, axes)
 
-    def mapped(batch, *replicated):
-        in_specs = (by_rows, *(PartitionSpec(),) * len(replicated))
+    def mapped(batch, others):
+        specs = by_rows, in_specs
         # `check_vma` would type each array by whether it differs between devices. Then a gradient with
         # respect to a parameter, the same everywhere, crosses devices where it arises, in the loop; a loss
         # written for one device may fail to type (a loop that starts from zeros). Without it each device
@@ -128,34 +128,53 @@ def over_devices(
         return jax.shard_map(
             fn,
             mesh=mesh,
-            in_specs=in_specs,
-            out_specs=(PartitionSpec(), PartitionSpec(axes)),
+            in_specs=specs,
+            out_specs=(out_specs, PartitionSpec(axes)),
             axis_names=set(axes),
             check_vma=False,
-        )(jax.tree.map(lambda x: _shard_rows(x, mesh, axes, batch_axis), batch), *replicated)
+        )(*place_args((batch, others), specs, mesh, axes))
 
     return mapped
 
 
-def _shard_rows(x: jax.Array, mesh: Any, axes: tuple[str, ...], batch_axis: int) -> jax.Array:
-    """An array whose type carries its sharding, with its rows over these axes first; others as they are."""
+def place_args(args: PyTree, specs: PyTree, mesh: Any, axes: tuple[str, ...]) -> PyTree:
+    """Arrays whose types carry their sharding, with these axes where the specs (a prefix) say; others as they are."""
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    explicit = tuple(axis for axis in axes if kinds[axis] == AxisType.Explicit)
+    explicit = {axis for axis in axes if kinds[axis] == AxisType.Explicit}
     if not explicit:
-        return x
-    spec = [*jax.typeof(x).sharding.spec, *(None,) * x.ndim][: x.ndim]
-    entries = [tuple(name for name in _names(entry) if name not in axes) for entry in spec]
-    entries[batch_axis] = (*explicit, *entries[batch_axis])
-    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*(entry or None for entry in entries))))
+        return args
+
+    def place(spec, x):
+        old = [*jax.typeof(x).sharding.spec, *(None,) * x.ndim][: x.ndim]
+        new = [*spec, *(None,) * x.ndim][: x.ndim]
+        entries = [
+            tuple(name for name in names_of(entry) if name in explicit)
+            + tuple(name for name in names_of(before) if name not in axes)
+            for entry, before in zip(new, old, strict=True)
+        ]
+        entries = PartitionSpec(*(entry or None for entry in entries))
+        return jax.sharding.reshard(x, NamedSharding(mesh, entries))
+
+    def is_spec(x):
+        return isinstance(x, PartitionSpec)
+
+    return jax.tree.map(
+        lambda spec, tree: jax.tree.map(lambda x: place(spec, x), tree), specs, args, is_leaf=is_spec
+    )
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def names_of(entry: Any) -> tuple[str, ...]:
     """The mesh axes in one entry of a PartitionSpec."""
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def psum(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """`lax.psum`, in float32 for 16-bit floats on CPU.
+    """`lax.psum`, whatever the dtypes."""
+    return in_float32(lambda tree: lax.psum(tree, axes), tree)
+
+
+def in_float32(reduce: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
+    """`reduce(tree)` over devices, in float32 for 16-bit floats on CPU.
 
     There XLA (JAX 0.10 and 0.12) aborts on a 16-bit all-reduce over some axes of a mesh, the others being left to
     the compiler: "Invalid binary instruction opcode copy". It would convert them to float32 itself.
@@ -165,13 +184,12 @@ def psum(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
         return x.astype(at_least_float32(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     def on_cpu(tree):
-        return jax.tree.map(
-            lambda total, x: total.astype(x.dtype), lax.psum(jax.tree.map(widen, tree), axes), tree
-        )
+        totals = reduce(jax.tree.map(widen, tree))
+        return jax.tree.map(lambda total, x: total.astype(x.dtype), totals, tree)
 
     if all(widen(x).dtype == x.dtype for x in jax.tree.leaves(tree)):
-        return lax.psum(tree, axes)
-    return lax.platform_dependent(tree, cpu=on_cpu, default=lambda tree: lax.psum(tree, axes))
+        return reduce(tree)
+    return lax.platform_dependent(tree, cpu=on_cpu, default=reduce)
 
 
 def pmax(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -20,6 +20,7 @@ from optaccum._noise_scale import squared_norm
 from optaccum._scanning import reductions
 from optaccum._scanning.micro_loss import MicroLoss
 from optaccum._scanning.split import Group
+from optaccum._tied import Tied
 from optaccum._varying import vary, vary_like, varying_axes, zeros_of
 
 PyTree = Any
@@ -30,7 +31,9 @@ class SumOf(NamedTuple):
     """How the gradients of one leaf are kept."""
 
     dtype: Any
-    is_max: bool  # their maximum, not their sum
+    is_max: bool = False  # their maximum, not their sum
+    shard: Any = None  # a Shard, as which they leave: reduce-scattered; None: whole
+    in_parts: bool = False  # reduced by each micro-batch, into a sum of this device's part
 
 
 class Operands(NamedTuple):
@@ -127,44 +130,51 @@ def sum_weights(loop: Loop, operands: Operands) -> Scalars:
 def _run(loop: Loop, operands: Operands, *, in_place: bool, is_plain: bool) -> tuple[Sums, list[Outputs]]:
     start, diff = _start(loop, operands), operands.diff
     maxima = [sum_of.is_max for sum_of in loop.sums_of]
-    dtypes = [x.dtype for x in diff]
-    backward, totals = _backward, None
+    backward, totals, tied = _backward, None, [False] * len(diff)
     if in_place:
-        # A reference has its cotangent's dtype: for wider sums, differentiate with respect to wider parameters.
-        diff = [x.astype(sum_of.dtype) for x, sum_of in zip(diff, loop.sums_of, strict=True)]
+        # A reference has its cotangent's shape and dtype: where a sum has others, differentiate with respect to that.
+        tied = [s.in_parts or x.dtype != s.dtype for x, s in zip(diff, loop.sums_of, strict=True)]
+        diff = [g if is_tied else x for x, g, is_tied in zip(diff, start.grads, tied, strict=True)]
         backward, totals = references([None if m else g for g, m in zip(start.grads, maxima, strict=True)])
         start = start._replace(grads=[g if m else None for g, m in zip(start.grads, maxima, strict=True)])
 
     def step(call, group, sums, index, micro_batch):
         # differentiate
-        own, with_rows = _partition(micro_batch, loop.of_rows)
+        rows, with_rows = _partition(micro_batch, loop.of_rows)
 
         def forward(xs):
-            narrow = [x.astype(dtype) for x, dtype in zip(xs, dtypes, strict=False)]
-            terms, carry, aux = call(narrow, with_rows(xs[len(diff) :]), index, sums.carry)
+            used = [
+                Tied(own, x, sum_of.shard if sum_of.in_parts else None) if is_tied else x
+                for own, x, sum_of, is_tied in zip(operands.diff, xs, loop.sums_of, tied, strict=False)
+            ]
+            terms, carry, aux = call(used, with_rows(xs[len(diff) :]), index, sums.carry)
             return {name: term.total for name, term in terms.items()}, (terms, carry, aux)
 
-        xs = [*diff, *own]
+        xs = [*diff, *rows]
         values, vjp, (terms, carry, aux) = jax.vjp(forward, xs, has_aux=True)
         # weigh
         grads = backward(vjp, _cotangents(operands, values), xs)
+        kept = None if operands.limit is None else jnp.bool_(True)
+        kept = _all_finite((terms, grads), _axes(sums.terms)) if loop.skip_nonfinite else kept
         # add
         summed, stacked = reductions.divide_aux(aux)
         new = sums._replace(
             terms=jax.tree.map(jnp.add, sums.terms, terms),
             num_examples=sums.num_examples + group.size,
-            grads=[_add(*leaf) for leaf in zip(sums.grads, grads, maxima, strict=False)],
+            grads=[_add(*leaf, kept) for leaf in zip(sums.grads, grads, loop.sums_of, strict=False)],
             aux=jax.tree.map(jnp.add, sums.aux, summed),
             carry=carry,
         )
         if loop.track_noise_scale:
             new = _add_noise(new, grads, terms, group.size, maxima)
         # keep or drop
-        kept = None if operands.limit is None else jnp.bool_(True)
-        if loop.skip_nonfinite:
-            kept = _all_finite((terms, grads), _axes(sums.terms))
+        if kept is not None and loop.skip_nonfinite:
+            own = new.grads
             new = jax.tree.map(lambda n, old: jnp.where(kept, n, old), new, sums)
-            new = new._replace(num_skipped=jnp.where(kept, sums.num_skipped, sums.num_skipped + 1))
+            new = new._replace(
+                grads=[x if s.in_parts else g for x, g, s in zip(own, new.grads, loop.sums_of, strict=True)],
+                num_skipped=jnp.where(kept, sums.num_skipped, sums.num_skipped + 1),
+            )
         return new, Outputs(stacked, kept, grads[len(diff) :])
 
     sums, outputs = _each_micro_batch(loop, step, start, operands, is_plain=is_plain)
@@ -189,10 +199,17 @@ def _partition(
     return [leaves[i] for i in places], put_back
 
 
-def _add(total: Any, grad: Any, is_max: bool) -> Any:
+def _add(total: Any, grad: Any, sum_of: SumOf, kept: jax.Array | None) -> Any:
     if total is None:  # in a reference
         return None
-    return jnp.maximum(total, grad) if is_max else total + grad.astype(total.dtype)
+    if sum_of.is_max:
+        return jnp.maximum(total, grad)
+    grad = grad.astype(total.dtype)
+    if sum_of.in_parts:
+        grad = grad if kept is None else jnp.where(kept, grad, 0)  # what one device drops, others may keep
+        # TPU's compiler would move the reduction out of the loop, and so sum what is whole.
+        grad = lax.optimization_barrier(sum_of.shard(grad))
+    return total + grad
 
 
 def _each_micro_batch(
@@ -250,7 +267,7 @@ def _start(loop: Loop, operands: Operands) -> Sums:
     terms, carry, aux = loop.losses[0].structs
     sums = Sums(
         grads=[
-            reductions.lowest(x) if sum_of.is_max else jnp.zeros_like(x, sum_of.dtype)
+            reductions.lowest(x) if sum_of.is_max else _zeros(x, sum_of)
             for x, sum_of in zip(operands.diff, loop.sums_of, strict=True)
         ],
         terms=zeros_of(terms),
@@ -268,6 +285,17 @@ def _start(loop: Loop, operands: Operands) -> Sums:
         num_weighted, sq_norm_sum = vary((sums.num_weighted, sums.sq_norm_sum), axes)
         return sums._replace(num_weighted=num_weighted, sq_norm_sum=sq_norm_sum)
     return sums
+
+
+def _zeros(x: jax.Array, sum_of: SumOf) -> jax.Array:
+    """An empty sum; sharded as what it is the gradient of, where only the compiler knows how that is (in `jax.jit`)."""
+    zeros, shard = jnp.zeros_like(x, sum_of.dtype), sum_of.shard
+    if sum_of.in_parts:
+        return zeros_of(jax.eval_shape(lambda x: shard(x), zeros))  # `jax.jit` of a tuple crashes
+    if shard is not None:
+        return zeros
+    never = lax.optimization_barrier(jnp.bool_(False))
+    return jnp.where(never, x.astype(sum_of.dtype), zeros)
 
 
 def _axes(tree: PyTree) -> frozenset[str]:

@@ -24,6 +24,10 @@ PyTree = Any
 _NOT_TAKEN = {
     "argnums": None,
     "skip_nonfinite": False,
+    "param_specs": None,
+    "gather_dtype": None,
+    "grad_specs": None,
+    "shard_sums": False,
     "grad_reduction_fn": None,
     "return_info": False,
     "track_noise_scale": False,
@@ -143,7 +147,7 @@ def _one_device(
         shared, groups, key, carry, limit = operands
         some = [x for x, is_chosen in zip(shared, chosen, strict=True) if is_chosen]
         fixed = [None if is_chosen else x for x, is_chosen in zip(shared, chosen, strict=True)]
-        sums_of = [SumOf(d, False) for d, is_chosen in zip(sum_dtypes, chosen, strict=True) if is_chosen]
+        sums_of = [SumOf(d) for d, is_chosen in zip(sum_dtypes, chosen, strict=True) if is_chosen]
         loop = Loop(losses, sums_of, False, False, options.unroll, of_rows)
         loop_operands = Operands(some, groups, key, carry, [fixed] * len(groups), limit, cotangents=None)
         in_place = bool(some) and choose_form(options.in_place, loop, loop_operands)
@@ -161,7 +165,7 @@ def _one_device(
         ]  # they cross devices as cotangents: JAX sums those of what is replicated
         sums = sums._replace(grads=[])
         sums = (across(sums, [], options) if options.data_axes else sums)._replace(grads=own)
-        sums_of = [*sums_of, *(SumOf(x.dtype, False) for x in row_grads)]
+        sums_of = [*sums_of, *(SumOf(x.dtype) for x in row_grads)]
         value, own, _ = finish(sums, options, sums_of, in_place, max(group.size for group in groups))
         sums = sums._replace(carry=as_it_came(losses, carry, sums.carry))
         aux, rows = finish_aux(sums, outputs, options)

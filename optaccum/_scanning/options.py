@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from optaccum._dtypes import AccumulatorDType, check_accumulator_dtype
 from optaccum._scanning.call import Roles, check_function, make_roles
 from optaccum._scanning.data_axes import as_axes
+from optaccum._scanning.sharded import check_gather_dtype, check_specs
 from optaccum._scanning.split import check_positive_int, check_split_options
 
 
@@ -21,6 +22,10 @@ class Options(NamedTuple):
     skip_nonfinite: bool
     presplit: bool
     data_axes: tuple[str, ...]
+    param_specs: Any
+    gather_dtype: Any
+    grad_specs: Any
+    shard_sums: bool
     in_place: bool | None
     grad_reduction_fn: Callable[[tuple[Any, ...], Any], str] | None
     return_info: bool
@@ -36,7 +41,15 @@ def make_options(given: dict[str, Any]) -> Options:
     """
     given = dict(given)
     check_function(given.pop("loss_fn"), "loss_fn")
-    for name in ("has_aux", "skip_nonfinite", "presplit", "return_info", "track_noise_scale", "in_place"):
+    for name in (
+        "has_aux",
+        "skip_nonfinite",
+        "presplit",
+        "shard_sums",
+        "return_info",
+        "track_noise_scale",
+        "in_place",
+    ):
         if not isinstance(given[name], bool) and not (name == "in_place" and given[name] is None):
             raise TypeError(f"expected {name} to be True or False; got {given[name]!r}.")
     names = ("argnums", "batch_argnums", "key_argnum", "carry_argnum", "count_argnum")
@@ -47,6 +60,9 @@ def make_options(given: dict[str, Any]) -> Options:
         check_positive_int(given["unroll"], "unroll")
     sizes = check_split_options(given["num_microbatches"], given["microbatch_size"], given["presplit"])
     check_accumulator_dtype(given["accumulator_dtype"])
+    for name in ("param_specs", "grad_specs"):
+        check_specs(given[name], name)
+    check_gather_dtype(given["gather_dtype"])
     options = Options(
         roles=make_roles(**argnums),
         one_argnum=hasattr(argnums["argnums"], "__index__"),
@@ -69,7 +85,16 @@ def make_options(given: dict[str, Any]) -> Options:
         raise ValueError(
             "expected return_info=True with track_noise_scale; got False. Estimates come in Info.noise."
         )
-    needs_each = [name for name in ("skip_nonfinite", "track_noise_scale") if getattr(options, name)]
+    sharding = [n for n in ("param_specs", "gather_dtype", "grad_specs") if getattr(options, n) is not None]
+    sharding += ["shard_sums"] * options.shard_sums
+    if sharding and not options.data_axes:
+        raise ValueError(
+            f"expected data_axes with {sharding[0]}; got None. Name the axes that the batch is sharded over; without "
+            "them gradients are sharded as the parameters are."
+        )
+    needs_each = [
+        name for name in ("skip_nonfinite", "track_noise_scale", "shard_sums") if getattr(options, name)
+    ]
     if options.in_place and needs_each:
         raise ValueError(
             f"expected no {needs_each[0]} with in_place=True; got both. It needs each micro-batch's gradient."

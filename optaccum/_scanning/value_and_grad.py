@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from optaccum._dtypes import AccumulatorDType
 from optaccum._scanning.data_axes import compile_call
 from optaccum._scanning.options import make_options
+from optaccum._scanning.sharded import place
 from optaccum._scanning.whole_batch import whole_batch
 
 
@@ -27,6 +29,10 @@ def value_and_grad(
     presplit: bool = False,
     count_argnum: int | None = None,
     data_axes: str | Sequence[str] | None = None,
+    param_specs: Any = None,
+    gather_dtype: DTypeLike | None = None,
+    grad_specs: Any = None,
+    shard_sums: bool = False,
     in_place: bool | None = None,
     grad_reduction_fn: Callable[[tuple[Any, ...], Any], str] | None = None,
     return_info: bool = False,
@@ -62,9 +68,10 @@ def value_and_grad(
         :func:`accumulate` wrap it.
       skip_nonfinite: drop a micro-batch whose loss or gradient is not finite, its weight and its carry with it. Its
         rows stay in concatenations and stacks. All dropped: the value is NaN and the gradients are zero.
-      data_axes: mesh axes that the batch, and no other argument, is sharded over. `loss_fn` then sees one device's
-        rows of a micro-batch, keys are `fold_in(fold_in(key, i), device's index)`, and gradients cross devices once,
-        after the loop. A carry's floating leaves are averaged; others must be computed alike on every device.
+      data_axes: mesh axes that the batch is sharded over. `loss_fn` then sees one device's rows of a micro-batch, keys
+        are `fold_in(fold_in(key, i), device's index)`, and gradients cross devices once, after the loop. A carry's
+        floating leaves are averaged; others must be computed alike on every device. Parameters sharded over these
+        axes (FSDP) are gathered once, before the loop, and their gradients leave it reduce-scattered.
 
         Rarely needed:
 
@@ -72,6 +79,13 @@ def value_and_grad(
         belong together or are packed. Bare arrays of aux then come back stacked, (n, ...).
       count_argnum: with `presplit`, an int scalar: only the first `count` micro-batches run, in time proportional to
         it, with one program for every count.
+      param_specs: `jax.sharding.PartitionSpec`s, a prefix of the differentiated arguments: how these are sharded over
+        `data_axes`, and over other axes. None: as concrete arrays and Explicit meshes show; inside `jax.jit` on an
+        Auto mesh nothing does, and parameters count as replicated.
+      gather_dtype: in which floating parameters, sharded or not, cross and are handed to `loss_fn`, such as bf16.
+        Gradients stay as `accumulator_dtype` says.
+      grad_specs: how gradients leave; None: as `param_specs`. Given alone, parameters replicated: ZeRO-1.
+      shard_sums: reduce each micro-batch's gradient into a sharded sum, where a whole one does not fit.
       in_place: whether the backward pass adds into the one gradient buffer, through `jax.vjp(...).with_refs`. None:
         where it can, and the loss has a `jax.lax.scan`; True: or raise; False: never. Which losses that is, and what
         it saves: the page on memory.
@@ -106,7 +120,12 @@ def value_and_grad(
     """
     options = make_options(locals())
     fn = functools.partial(whole_batch, loss_fn, options)
-    compiled = compile_call(fn, options.roles, options.data_axes, presplit)
+
+    def where(mesh, call):
+        diff = call.diff[0] if options.one_argnum else call.diff
+        return place(mesh, options.data_axes, diff, param_specs, grad_specs)
+
+    compiled = compile_call(fn, options.roles, options.data_axes, presplit, where)
 
     @functools.wraps(loss_fn, assigned=("__name__", "__qualname__", "__doc__"), updated=())
     def grad_fn(*args: Any, **kwargs: Any) -> Any:

@@ -1,12 +1,12 @@
 """The whole batch's value, gradients and auxiliary outputs from its micro-batches."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from optaccum._dtypes import accumulator_dtype_of
 from optaccum._loss import EXAMPLES, loss_value, ratio
@@ -27,6 +27,7 @@ from optaccum._scanning.loop import (
 )
 from optaccum._scanning.micro_loss import as_it_came, stop_gradient, trace_loss
 from optaccum._scanning.options import Options
+from optaccum._scanning.sharded import Placement, gather, settle
 from optaccum._scanning.split import Group, batch_size_of, num_and_size_of, resolve_num_microbatches, split
 from optaccum._varying import vary, varying_axes
 
@@ -51,18 +52,35 @@ class Info(NamedTuple):
 
 
 def whole_batch(
-    loss_fn: Callable[..., Any], options: Options, layout: Layout, mesh: Any, call: Call
+    loss_fn: Callable[..., Any], options: Options, layout: Layout, placement: Placement | None, call: Call
 ) -> tuple[jax.Array, PyTree, PyTree, Info]:
     """(value, aux, gradients, info) of the whole batch, from one device's loop or from all devices'."""
-    one_device = functools.partial(_one_device, loss_fn, options, layout)
-    (value, aux, grads, info), rows = divide_batch(one_device, options, mesh, call)
-    return value, reductions.merge_aux(aux, rows), grads, info
+    sums_of = _sums_of(options, call.diff[0] if options.one_argnum else call.diff, placement)
+    structure = jax.tree.structure(call.diff)
+
+    def one_device(groups, call):
+        if placement is not None:
+            dtypes = [None if sum_of.is_max else options.gather_dtype for sum_of in sums_of]
+            call = call._replace(diff=gather(call.diff, placement, dtypes))
+        return _one_device(loss_fn, options, layout, sums_of, groups, call)
+
+    mesh = None if placement is None else placement.mesh
+    (value, aux, grads, info), rows = divide_batch(one_device, options, mesh, call, placement)
+    grads = structure.unflatten(grads if placement is None else settle(grads, placement))
+    return value, reductions.merge_aux(aux, rows), grads[0] if options.one_argnum else grads, info
 
 
 def divide_batch(
-    one_device: Callable[[list[Group], Call], tuple[PyTree, PyTree]], options: Options, mesh: Any, call: Call
+    one_device: Callable[[list[Group], Call], tuple[PyTree, PyTree]],
+    options: Options,
+    mesh: Any,
+    call: Call,
+    placement: Placement | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """`one_device(micro-batches, call) -> (replicated, rows)`, on each device's own rows where there is a mesh."""
+    """`one_device(micro-batches, call) -> (replicated, rows)`, on each device's own rows where there is a mesh.
+
+    With a placement what is differentiated comes, and (value, aux, flat gradients, info) leave, as it says.
+    """
     n = None  # the micro-batches are the caller's
     if options.presplit:
         num_and_size_of(call.batch)
@@ -74,14 +92,29 @@ def divide_batch(
         return one_device([Group(batch, axis=0)] if n is None else split(batch, n), others)
 
     if mesh is not None:
-        with_groups = over_devices(with_groups, mesh, options.data_axes, batch_axis=int(options.presplit))
+        whole = PartitionSpec()
+        in_specs: dict[str, Any] = dict.fromkeys(Call._fields, whole)
+        out_specs: Any = whole
+        if placement is not None:
+            params, grads = (
+                [shard.spec for shard in shards] for shards in (placement.params, placement.grads)
+            )
+            in_specs["diff"] = jax.tree.structure(call.diff).unflatten(params)
+            out_specs = (whole, whole, grads, whole)
+        axes, batch_axis = options.data_axes, int(options.presplit)
+        with_groups = over_devices(with_groups, mesh, axes, batch_axis, Call(**in_specs), out_specs)
     return with_groups(call.batch, call._replace(batch=()))
 
 
 def _one_device(
-    loss_fn: Callable[..., Any], options: Options, layout: Layout, groups: list[Group], call: Call
-) -> tuple[tuple[jax.Array, PyTree, PyTree, Info], PyTree]:
-    """The results from one device's rows; the aux that leads with rows comes separately."""
+    loss_fn: Callable[..., Any],
+    options: Options,
+    layout: Layout,
+    sums_of: list[SumOf],
+    groups: list[Group],
+    call: Call,
+) -> tuple[tuple[jax.Array, PyTree, list[jax.Array], Info], PyTree]:
+    """The results from one device's rows, gradients flat; the aux that leads with rows comes separately."""
     leaves, structure = jax.tree.flatten(call.diff)
     # In someone's own `shard_map`: differentiated as what differs between devices, the sums stay on each device
     # until they have been divided by its weights, and cross devices once.
@@ -94,7 +127,6 @@ def _one_device(
     call_loss, losses, consts = trace_loss(loss_fn, options, layout, groups, with_diff, diff)
     limit = None if layout.roles.limit is None else jnp.clip(call.limit, 0, groups[0].count)
     operands = Operands(diff, groups, call.key, call.carry, consts, limit, cotangents=None)
-    sums_of = _sums_of(options, call.diff[0] if options.one_argnum else call.diff)
     loop = Loop(losses, sums_of, options.skip_nonfinite, options.track_noise_scale, options.unroll)
     in_place = choose_form(options.in_place, loop, operands)
     if len(losses[0].structs[0]) > 1:
@@ -105,16 +137,15 @@ def _one_device(
         sums = across(sums, sums_of, options)
     value, grads, info = finish(sums, options, sums_of, in_place, max(group.size for group in groups))
     grads = jax.tree.map(_unvary, grads, leaves, [sum_of.is_max for sum_of in sums_of])
-    grads = jax.tree.unflatten(structure, grads)
     sums = sums._replace(carry=as_it_came(losses, call.carry, sums.carry))
     aux, rows = finish_aux(sums, outputs, options)
-    return (value, aux, grads[0] if options.one_argnum else grads, info), rows
+    return (value, aux, grads, info), rows
 
 
-def _sums_of(options: Options, tree: PyTree) -> list[SumOf]:
+def _sums_of(options: Options, tree: PyTree, placement: Placement | None) -> list[SumOf]:
     """How each leaf's gradients are kept."""
     sums_of = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
         name = jax.tree_util.keystr(path)
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise TypeError(
@@ -128,7 +159,9 @@ def _sums_of(options: Options, tree: PyTree) -> list[SumOf]:
             )
         is_max = reduction == "max"
         dtype = leaf.dtype if is_max else accumulator_dtype_of(options.accumulator_dtype, path, leaf)
-        sums_of.append(SumOf(dtype, is_max))
+        shard = placement.grads[i] if placement is not None and placement.grads[i].axes else None
+        in_parts = options.shard_sums and shard is not None and not is_max
+        sums_of.append(SumOf(dtype, is_max, shard, in_parts))
     if not sums_of:
         raise ValueError("expected at least one array to differentiate; got none. Check argnums.")
     return sums_of
@@ -152,7 +185,7 @@ def cotangents_of(options: Options, loop: Loop, operands: Operands) -> dict[str,
 def across(sums: Sums, sums_of: list[SumOf], options: Options) -> Sums:
     """The sums of all devices; the gradients cross here, and nowhere else."""
     axes = options.data_axes
-    summed = [None if s.is_max else g for g, s in zip(sums.grads, sums_of, strict=True)]
+    summed = [None if s.is_max or s.shard else g for g, s in zip(sums.grads, sums_of, strict=True)]
     # Counts go as float32, for arrays of one dtype cross together.
     totals = (sums.num_examples, sums.num_skipped, sums.num_weighted, sums.sq_norm_sum)
     totals = [x.astype(jnp.float32) for x in totals]
@@ -160,7 +193,7 @@ def across(sums: Sums, sums_of: list[SumOf], options: Options) -> Sums:
     num_examples, num_skipped, num_weighted, sq_norm_sum = totals
     return Sums(
         grads=[
-            jnp.max(reductions.gather(own, axes), 0) if sum_of.is_max else total
+            _across_by_itself(own, sum_of, axes) if total is None else total
             for own, total, sum_of in zip(sums.grads, summed, sums_of, strict=True)
         ],
         terms=terms,
@@ -171,6 +204,17 @@ def across(sums: Sums, sums_of: list[SumOf], options: Options) -> Sums:
         num_weighted=num_weighted.astype(jnp.int32),
         sq_norm_sum=sq_norm_sum,
     )
+
+
+def _across_by_itself(own: jax.Array, sum_of: SumOf, axes: tuple[str, ...]) -> jax.Array:
+    """A maximum, or a sum that leaves sharded."""
+    shard = sum_of.shard
+    if sum_of.is_max:
+        largest = jnp.max(reductions.gather(own, axes), 0)
+        return shard.part(largest) if shard else largest
+    own = own if sum_of.in_parts else shard(own)
+    others = tuple(axis for axis in axes if axis not in shard.axes)
+    return psum(own, others) if others else own
 
 
 def finish(
@@ -209,8 +253,12 @@ def finish(
             scale = jnp.square(sums.num_examples)
         elif by_examples:  # the largest micro-batch weighed 1
             scale = num_rows
-        summed = [g for g, sum_of in zip(grads, sums_of, strict=True) if not sum_of.is_max]
-        noise = estimate_noise(sums.num_weighted, sums.sq_norm_sum * scale, squared_norm(summed), info_weight)
+        sq_norm = sum(
+            squared_norm([g]) if sum_of.shard is None else lax.psum(squared_norm([g]), sum_of.shard.axes)
+            for g, sum_of in zip(grads, sums_of, strict=True)
+            if not sum_of.is_max
+        )
+        noise = estimate_noise(sums.num_weighted, sums.sq_norm_sum * scale, sq_norm, info_weight)
     return value, grads, Info(info_weight, sums.num_skipped, noise)
 
 

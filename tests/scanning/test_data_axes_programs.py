@@ -7,7 +7,6 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from sharded_problem import (
     AUTO,
-    EXPLICIT,
     KINDS,
     ROWS,
     make_batch,
@@ -217,11 +216,3 @@ def test_rows_that_do_not_divide():
 @pytest.mark.parametrize("options", [{}, {"num_microbatches": None, "microbatch_size": 3}], ids=str)
 def test_more_micro_batches_than_rows_on_a_device(options):
     _fails("got [78] micro-batches for 6 examples on each device", **{"num_microbatches": 7, **options})
-
-
-@pytest.mark.parametrize(("kind", "jit"), [(AUTO, False), (EXPLICIT, False), (EXPLICIT, True)], ids=str)
-def test_parameters_sharded_over_a_data_axis(kind, jit):
-    mesh, _ = make_mesh(kind)
-    params, _ = put(mesh, "data", make_params(), make_batch())
-    params["w"] = jax.device_put(params["w"], NamedSharding(mesh, P(None, "data")))
-    _fails(r"only the batch.*\['w'\].*FSDP", mesh, params=params, jit=jit)

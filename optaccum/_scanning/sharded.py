@@ -1,0 +1,284 @@
+"""Parameters sharded over the data axes (FSDP, ZeRO): gathered once per window, gradients reduce-scattered.
+
+A layout tells for each dimension which mesh axes divide it: the data axes, manual in `over_devices`, apart from the
+others (tensor parallel), which JAX places. By itself a collective over a data axis would lose these, JAX gathering over
+them first; it runs in a `jax.shard_map` over the others, inside the one over the data axes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from optaccum._scanning.data_axes import in_float32, names_of, sharding_of
+
+PyTree = Any
+Names = tuple[str, ...]
+
+
+class Shard(NamedTuple):
+    """How an array lies on the devices: the data axes that divide each dimension, and the other mesh axes."""
+
+    data: tuple[Names, ...]
+    other: tuple[Names, ...]
+
+    @property
+    def axes(self) -> Names:
+        """The data axes that it is sharded over."""
+        return sum(self.data, ())
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """The data axes alone, as `jax.shard_map` over them takes it."""
+        return _spec(self.data)
+
+    def gather(self, x: jax.Array) -> jax.Array:
+        """The whole array from this device's part."""
+        shape = [n * _num_devices(names) for n, names in zip(x.shape, self.data, strict=True)]
+
+        def collect(x):
+            for dim, names in reversed([*enumerate(self.data)]):
+                if names:
+                    x = lax.all_gather(x, names, axis=dim, tiled=not self.other[dim])
+            return x
+
+        gathered = self._over_others(collect, _spec(self.other), self._apart_spec())(x)
+        return _reshape(gathered, shape, self.other)
+
+    def __call__(self, grad: jax.Array) -> jax.Array:
+        """This device's part of the sum over the devices along these data axes."""
+
+        def scatter(grad):
+            for dim, names in enumerate(self.data):
+                if names:
+                    grad = lax.psum_scatter(grad, names, scatter_dimension=dim, tiled=not self.other[dim])
+            return grad
+
+        apart = []  # a dimension that other axes divide too comes as (devices along the data axes, part of each)
+        for n, names, other in zip(grad.shape, *self, strict=True):
+            num_devices = _num_devices(names)
+            apart += [num_devices, n // num_devices] if names and other else [n]
+        grad = _reshape(grad, apart, self._apart_spec())
+        return in_float32(self._over_others(scatter, self._apart_spec(), _spec(self.other)), grad)
+
+    def part(self, x: jax.Array) -> jax.Array:
+        """This device's part of an array that is the same on all of them."""
+        for dim, names in enumerate(self.data):
+            if names:
+                size = x.shape[dim] // _num_devices(names)
+                x = lax.dynamic_slice_in_dim(x, lax.axis_index(names) * size, size, dim)
+        return x
+
+    def sliced(self) -> "Shard | None":
+        """For a slice along the leading dimension; None where that is divided."""
+        return None if self.data[0] else Shard(self.data[1:], self.other[1:])
+
+    def _apart_spec(self) -> PartitionSpec:
+        entries = []
+        for names, other in zip(*self, strict=True):
+            entries += [(), other] if names and other else [other]
+        return _spec(entries)
+
+    def _over_others(self, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        others = {name for names in self.other for name in names}
+        if not others:
+            return fn
+        return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=others, check_vma=False)
+
+
+class Placement(NamedTuple):
+    """Where a call runs, and how what is differentiated (flat) and its gradients lie there; hashable."""
+
+    mesh: Any
+    params: tuple[Shard, ...]
+    grads: tuple[Shard, ...]
+    specs: tuple[PartitionSpec | None, ...]  # of the gradients; None where only their data axes are known
+
+
+def check_specs(specs: Any, name: str) -> Any:
+    """A pytree of PartitionSpecs; raises for what is none."""
+    for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec):
+        if not _is_spec(spec):
+            raise TypeError(
+                f"expected {name} to be a jax.sharding.PartitionSpec or a pytree of them; got {type(spec).__name__} "
+                f"at {name}{jax.tree_util.keystr(path)}. Of a NamedSharding pass its spec."
+            )
+    return specs
+
+
+def check_gather_dtype(gather_dtype: Any) -> None:
+    """Raises where it is no floating dtype, or None."""
+    if gather_dtype is None:
+        return
+    try:
+        is_floating = jnp.issubdtype(jnp.dtype(gather_dtype), jnp.floating)
+    except TypeError:
+        is_floating = False
+    if not is_floating:
+        raise TypeError(f"expected gather_dtype to be a floating dtype or None; got {gather_dtype!r}.")
+
+
+def place(mesh: Any, axes: Names, diff: PyTree, param_specs: Any, grad_specs: Any) -> Placement:
+    """The layouts as given, else as concrete arrays and the types of Explicit meshes show.
+
+    Args:
+      mesh: has these axes.
+      axes: the data axes.
+      diff: what is differentiated.
+      param_specs: PartitionSpecs, a prefix of `diff`; None for what shows.
+      grad_specs: the same for its gradients; None for `param_specs`.
+
+    Raises:
+      ValueError: for a spec that does not fit its array, the mesh, or what shows.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(diff)
+    names = [f"argument{jax.tree_util.keystr(path)}" for path, _ in leaves]
+    given = _broadcast(param_specs, diff, "param_specs") or [None] * len(leaves)
+    wanted = _broadcast(grad_specs, diff, "grad_specs") or [None] * len(leaves)
+    params, grads = [], []
+    for name, (_, x), spec, grad_spec in zip(names, leaves, given, wanted, strict=True):
+        entries = _shown(x, mesh)[0]
+        if spec is not None:
+            entries = _agreed(_entries(spec, x, mesh, f"param_specs at {name}"), x, mesh, axes, name)
+        params.append(entries)
+        grads.append(entries if grad_spec is None else _entries(grad_spec, x, mesh, f"grad_specs at {name}"))
+
+    others = set(mesh.axis_names) - set(axes)
+    whole = any(
+        others & set(sum(entries, ())) for entries in grads
+    )  # where no spec names another axis, none may show
+    specs = tuple(_spec(entries) if whole else None for entries in grads)
+    return Placement(mesh, _shards(params, axes), _shards(grads, axes), specs)
+
+
+def _shards(layouts: list[tuple[Names, ...]], axes: Names) -> tuple[Shard, ...]:
+    def shard(entries):
+        data, other = (
+            [tuple(axis for axis in names if (axis in axes) is own) for names in entries]
+            for own in (True, False)
+        )
+        return Shard(tuple(data), tuple(other))
+
+    return tuple(map(shard, layouts))
+
+
+def gather(diff: PyTree, placement: Placement, dtypes: list[Any]) -> PyTree:
+    """Whole parameters from this device's parts; floating ones cast first, where a dtype is given."""
+    leaves, structure = jax.tree.flatten(diff)
+
+    def leaf(x, shard, dtype):
+        if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(dtype)
+        return shard.gather(x) if shard.axes else x
+
+    return jax.tree.unflatten(structure, map(leaf, leaves, placement.params, dtypes))
+
+
+def settle(grads: list[jax.Array], placement: Placement) -> list[jax.Array]:
+    """The gradients as their specs say of other axes too, which JAX places, and of the order of axes in a dimension."""
+    kinds = set(placement.mesh.axis_types)
+    if len(kinds) > 1:  # neither of the two below takes both kinds of axes
+        return grads
+    constrain = jax.sharding.reshard if kinds == {AxisType.Explicit} else lax.with_sharding_constraint
+    return [
+        grad if spec is None else constrain(grad, NamedSharding(placement.mesh, spec))
+        for grad, spec in zip(grads, placement.specs, strict=True)
+    ]
+
+
+def _broadcast(specs: Any, tree: PyTree, name: str) -> list[PartitionSpec | None] | None:
+    """One spec for each leaf."""
+    if specs is None:
+        return None
+    try:
+        return jax.tree.leaves(jax.tree.broadcast(specs, tree, is_leaf=_is_spec), is_leaf=_is_spec)
+    except ValueError as error:
+        raise ValueError(
+            f"expected {name} to be a prefix of what is differentiated; got another structure. {error}"
+        ) from error
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _entries(spec: PartitionSpec, x: jax.Array, mesh: Any, name: str) -> tuple[Names, ...]:
+    """The axes of each dimension; raises where they are none, or do not divide it."""
+    entries = tuple(map(names_of, spec))
+    if len(entries) > x.ndim:
+        raise ValueError(f"expected {name} to have at most {x.ndim} entries; got {spec}.")
+    entries += ((),) * (x.ndim - len(entries))
+    for dim, names in enumerate(entries):
+        for axis in names:
+            if axis not in mesh.shape:
+                raise ValueError(
+                    f"expected {name} to name axes of the mesh, {mesh.axis_names}; got {axis!r}."
+                )
+        if x.shape[dim] % math.prod(mesh.shape[axis] for axis in names):
+            raise ValueError(
+                f"expected {name} to divide the array, {x.dtype}{list(x.shape)}; got {spec}: dimension {dim} does not "
+                f"divide over {math.prod(mesh.shape[axis] for axis in names)} devices along {names}. Shard another "
+                "dimension, or pad it."
+            )
+    return entries
+
+
+def _shown(x: jax.Array, mesh: Any) -> tuple[tuple[Names, ...], Names]:
+    """The axes of each dimension, as far as they show, and the axes that would show."""
+    sharding = sharding_of(x)
+    entries = () if sharding is None else tuple(map(names_of, sharding.spec))
+    entries += ((),) * (x.ndim - len(entries))
+    if isinstance(x, Tracer):
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        return entries, tuple(axis for axis, kind in kinds if kind == AxisType.Explicit)
+    is_placed = isinstance(x.sharding, NamedSharding)
+    return entries, tuple(mesh.axis_names) if is_placed else ()
+
+
+def _agreed(given: tuple[Names, ...], x: jax.Array, mesh: Any, axes: Names, name: str) -> tuple[Names, ...]:
+    """A spec as given, with what shows of other axes where it names the data axes alone; raises where they differ."""
+    shown, visible = _shown(x, mesh)
+
+    def only(entries, kept):
+        return tuple(tuple(axis for axis in names if axis in kept) for names in entries)
+
+    if only(given, visible) == shown:
+        return given
+    data_alone = only(given, axes) == given
+    if data_alone and only(given, visible) == only(shown, axes):
+        return tuple(
+            a + tuple(axis for axis in b if axis not in axes) for a, b in zip(given, shown, strict=True)
+        )
+    raise ValueError(
+        f"expected param_specs to be how the parameters are sharded, {_spec(shown)} at {name}; got {_spec(given)}. "
+        "Leave param_specs out where the arrays show it, or place them so with jax.device_put."
+    )
+
+
+def _reshape(x: jax.Array, shape: list[int], entries: Any) -> jax.Array:
+    """With the axes of each dimension afterwards, for those that the type shows (Explicit)."""
+    if x.shape == tuple(shape):
+        return x
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    explicit = [
+        tuple(axis for axis in names_of(names) if kinds[axis] == AxisType.Explicit) for names in entries
+    ]
+    if any(explicit):
+        return lax.reshape(x, shape, out_sharding=_spec(explicit))
+    return lax.with_sharding_constraint(
+        x.reshape(shape), _spec(map(names_of, entries))
+    )  # else it would be lost
+
+
+def _spec(entries: Any) -> PartitionSpec:
+    return PartitionSpec(*(names or None for names in entries))
+
+
+def _num_devices(names: Names) -> int:
+    return math.prod(lax.axis_size(name) for name in names)

@@ -40,6 +40,19 @@ SPECS = {
 }
 
 
+# The large ones besides over "data" (FSDP), along another dimension each.
+FSDP_SPECS = SPECS | {
+    "embedding": P(None, "data"),
+    "layers": SPECS["layers"]
+    | {
+        "qkv": P(None, "data", None, "model", None),
+        "project": P(None, "model", None, "data"),
+        "expand": P(None, "data", "model"),
+        "contract": P(None, "model", "data"),
+    },
+}
+
+
 def init_params(size: Size, key: jax.Array) -> PyTree:
     """Float32 parameters, named as in SPECS."""
     layers, width, heads, length = size

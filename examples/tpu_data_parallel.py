@@ -5,7 +5,8 @@ library; --data takes any text.
 
   mesh          axes "data" (rows of the batch) and "model" (heads and hidden units, --model-devices)
   window        --calls-per-update calls, each a batch of Grain's in --microbatches: a window of windows
-  reduction     gradients cross the data axis once per call, after its loop (data_axes="data")
+  reduction     gradients cross the data axis once per call, after its loop (data_axes="data"); with --fsdp
+                parameters are gathered once per call, and gradients reduce-scattered
   checkpoints   Orbax, each host its own shards, also in the middle of a window; start again to go on
   pre-emption   SIGTERM to any host: all stop at the same call, with a checkpoint
 
@@ -83,6 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument("--length", type=count, default=128, help=f"bytes in a row {default}")
     model.add_argument("--bfloat16", action="store_true", help="compute in it; sums stay float32")
     model.add_argument("--model-devices", type=count, default=1, help=f"that share a layer {default}")
+    model.add_argument("--fsdp", action="store_true", help="shard parameters over the data axis too")
     _hosts.add_arguments(parser)
     _compile_for.add_arguments(parser)
     args = parser.parse_args(argv)
@@ -105,7 +107,7 @@ def settings_of(args: argparse.Namespace, rows: np.ndarray) -> dict[str, Any]:
 
 def compare_hosts(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     """What every host must have in common besides, so that they run one program and read one checkpoint."""
-    names = ["model_devices", "checkpoint_every", "stop_after"]
+    names = ["model_devices", "fsdp", "checkpoint_every", "stop_after"]
     _hosts.check_agreement(
         settings
         | {name: getattr(args, name) for name in names}
@@ -135,6 +137,10 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformationExtr
     return optaccum.accumulate(inner, args.calls_per_update)
 
 
+def specs_of(args: argparse.Namespace) -> PyTree:
+    return transformer.FSDP_SPECS if args.fsdp else transformer.SPECS
+
+
 def make_step(args: argparse.Namespace, tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
     """One call: a batch's gradient, crossing hosts once, enters the window."""
     dtype = jnp.bfloat16 if args.bfloat16 else jnp.float32
@@ -142,6 +148,8 @@ def make_step(args: argparse.Namespace, tx: optax.GradientTransformationExtraArg
         functools.partial(transformer.loss_fn, dtype=dtype),
         num_microbatches=args.microbatches,
         data_axes="data",
+        param_specs=specs_of(args),
+        gather_dtype=dtype,
         return_info=True,
     )
 
@@ -157,7 +165,7 @@ def make_init(args: argparse.Namespace, tx: optax.GradientTransformationExtraArg
     """From a key to parameters and optimizer state, made where they will live: no host ever holds a large model."""
     size = transformer.Size(args.layers, args.width, args.heads, args.length)
     shardings = jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), transformer.SPECS, is_leaf=lambda x: isinstance(x, P)
+        lambda spec: NamedSharding(mesh, spec), specs_of(args), is_leaf=lambda x: isinstance(x, P)
     )
 
     def init(key):

@@ -274,6 +274,24 @@ MUTATIONS = [
         "overwrites = False and",
         "test_linen.py",
     ),
+    Mutation(
+        "sharded: a device keeps its part of its own gradient",
+        "grad = lax.psum_scatter(grad, names, scatter_dimension=dim, tiled=not self.other[dim])",
+        "grad = Shard((*[()] * dim, names, *[()] * grad.ndim)[: grad.ndim], self.other).part(grad)",
+        "scanning/test_sharded.py -k stacked",
+    ),
+    Mutation(
+        "sharded: what is tied inside a scan is not reduced",
+        "return None, grad if across is None else across(grad)",
+        "return None, grad if across is None else across.part(grad)",
+        "scanning/test_sharded.py -k whole_batch",
+    ),
+    Mutation(
+        "sharded: sums of a bare jit are replicated",
+        "return jnp.where(never, x.astype(sum_of.dtype), zeros)",
+        "return zeros",
+        "scanning/test_sharded.py -k layer_by_layer",
+    ),
 ]
 
 

@@ -22,6 +22,7 @@ from optaccum._scanning.call import Call, split_call
 from optaccum._scanning.data_axes import find_mesh
 from optaccum._scanning.options import Options
 from optaccum._scanning.reductions import is_wrapper
+from optaccum._scanning.sharded import cast
 from optaccum._scanning.split import batch_size_of, num_and_size_of, resolve_num_microbatches
 from optaccum._scanning.value_and_grad import value_and_grad
 
@@ -122,6 +123,7 @@ def verify(
     grad_fn: Any = value_and_grad(loss_fn, **value_and_grad_options)
     options = grad_fn.options
     call, layout = split_call(options.roles, args, {})
+    call = call._replace(diff=jax.tree.map(lambda x: cast(x, options.gather_dtype), call.diff))
     subject = Subject(
         loss_fn, options, layout, find_mesh(call, options.data_axes) if options.data_axes else None
     )

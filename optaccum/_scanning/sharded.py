@@ -172,11 +172,15 @@ def gather(diff: PyTree, placement: Placement, dtypes: list[Any]) -> PyTree:
     leaves, structure = jax.tree.flatten(diff)
 
     def leaf(x, shard, dtype):
-        if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating):
-            x = x.astype(dtype)
+        x = cast(x, dtype)
         return shard.gather(x) if shard.axes else x
 
     return jax.tree.unflatten(structure, map(leaf, leaves, placement.params, dtypes))
+
+
+def cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """A floating array in this dtype, others as they are; None: all."""
+    return x if dtype is None or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
 
 
 def settle(grads: list[jax.Array], placement: Placement) -> list[jax.Array]:

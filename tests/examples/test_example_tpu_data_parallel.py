@@ -54,7 +54,7 @@ class Ended(NamedTuple):
 
 
 class Pod(NamedTuple):
-    """Two hosts of two devices each, started again and again within one limit of time."""
+    """Two hosts of two devices each, parameters sharded over all, started again and again within one limit of time."""
 
     folder: pathlib.Path
     deadline: float
@@ -71,7 +71,7 @@ class Pod(NamedTuple):
             free.bind(("127.0.0.1", 0))
             place = ["--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--num-processes", "2"]
         folders = ["--checkpoints", self.folder / checkpoints, "--figure", self.folder / "figure.png"]
-        argv = [*SMALL, *folders, "--simulate-devices", "2", "--timeout", "60", *place]
+        argv = [*SMALL, *folders, "--fsdp", "--simulate-devices", "2", "--timeout", "60", *place]
         hosts = [
             subprocess.Popen(
                 [
@@ -198,6 +198,21 @@ def test_stopped_run_goes_on_to_the_same_parameters(run, tmp_path, capsys):
     again = run("run", *two)  # nothing is left to do
     assert (again.first_call, again.calls, again.collectives) == (12, 12, None)
     assert again.losses == whole.losses
+
+
+def test_fsdp_goes_on_in_the_middle_of_a_window_in_another_layout(run):
+    rows = ("--batch-size", "16")
+    whole = run("whole", *rows, "--model-devices", "2", "--checkpoint-every", "100")
+    sharded = run(
+        "run", *rows, "--fsdp", "--model-devices", "2", "--stop-after", "4"
+    )  # 4 = 3 + 1: a window is open
+    assert "all-gather" not in sharded.collectives.in_loops
+    assert sharded.collectives.outside["all-gather"] >= 1
+    assert sharded.collectives.outside["reduce-scatter"] >= 1
+    resumed = run("run", *rows, "--fsdp")  # over eight devices, where it was over four times two
+    assert (resumed.first_call, resumed.calls, resumed.updates) == (4, 12, 4)
+    np.testing.assert_allclose(resumed.losses, whole.losses, rtol=1e-4)
+    assert abs(whole.losses[-1] / whole.losses[0] - 1) > 1e-2
 
 
 # Where one array cannot be read, Orbax closes its event loop and leaves the coroutines of the others behind. They

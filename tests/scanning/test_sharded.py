@@ -73,8 +73,9 @@ def loss_fn(params, batch):
     def layer(h, p):
         return jnp.tanh(h @ p["w"]) + p["b"], None
 
-    rows, table = ([*jax.typeof(x).sharding.spec, None] for x in (batch["token"], params["table"]))
-    h = params["table"].at[batch["token"]].get(out_sharding=P(rows[0], table[1]))
+    rows, table = (jax.typeof(x).sharding for x in (batch["token"], params["table"]))
+    as_typed = NamedSharding(rows.mesh, P(rows.spec[0], table.spec[1])) if rows.spec and table.spec else None
+    h = params["table"].at[batch["token"]].get(out_sharding=as_typed)
     h, _ = jax.lax.scan(layer, h, params["layers"])
     errors = ((h - batch["y"]) ** 2).sum(1)
     terms = {
@@ -309,6 +310,19 @@ def test_replicas_over_one_axis_and_sharded_over_another():
     for out in (fn(params, batch), jax.jit(fn)(params, batch)):
         assert_trees_close(out, expected(), rtol=3e-6, atol=3e-6)
         assert_sharded_alike(out[1], params)
+
+
+def test_verify_takes_the_options():
+    _, _, params, batch = place(AUTO, SPECS["one axis"])
+
+    def loss(params, batch):
+        return loss_fn(jax.tree.map(lambda x: x.astype(jnp.float32), params), batch)
+
+    options = {"num_microbatches": 3, "has_aux": True, "data_axes": "data"}
+    report = optaccum.verify(loss, params, batch, **options, shard_sums=True)
+    assert report.ok, report
+    report = optaccum.verify(loss, params, batch, **options, gather_dtype=jnp.bfloat16)
+    assert report.ok, report
 
 
 DATA = {"data_axes": "data"}

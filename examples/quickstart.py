@@ -4,8 +4,8 @@ A small convolutional classifier learns scikit-learn's handwritten digits (real 
 batches of 256. Five ways to take the same step run side by side, on the same batches, from the same start:
 
   whole batch          jax.value_and_grad on all 256 images at once
-  optaccum, streaming  8 calls with 32 images each: optaccum.accumulate and optaccum.apply_gradients
-  optaccum, scanned    1 call: optaccum.value_and_grad(num_microbatches=8)
+  optaccum, streaming  8 calls with 32 images each: optaccum.accumulate and optaccum.value_and_update
+  optaccum, scanned    1 call: jax.value_and_grad of optaccum.microbatched(num_microbatches=8)
   optax.MultiSteps     8 calls with 32 images each
   optax microbatch     1 call: optax.microbatching.microbatch(microbatch_size=32)
 
@@ -131,20 +131,20 @@ def whole_batch(tx: optax.GradientTransformation) -> Way:
 
 def optaccum_streaming(tx: optax.GradientTransformation, num_microbatches: int) -> Way:
     tx = optaccum.accumulate(tx, num_microbatches)
+    update = optaccum.value_and_update(loss_fn, tx)
 
     def step(params, opt_state, micro_batch):
-        loss, grads = jax.value_and_grad(loss_fn)(params, micro_batch)
-        params, opt_state = optaccum.apply_gradients(tx, grads, opt_state, params)
+        loss, params, opt_state = update(params, opt_state, micro_batch)
         return params, opt_state, loss
 
     return Way("optaccum, streaming", tx.init, step, calls_per_update=num_microbatches)
 
 
 def optaccum_scanned(tx: optax.GradientTransformation, num_microbatches: int) -> Way:
-    grad_fn = optaccum.value_and_grad(loss_fn, num_microbatches=num_microbatches)
+    batch_loss_fn = optaccum.microbatched(loss_fn, num_microbatches=num_microbatches)
 
     def step(params, opt_state, batch):
-        loss, grads = grad_fn(params, batch)
+        loss, grads = jax.value_and_grad(batch_loss_fn)(params, batch)
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 

@@ -33,4 +33,4 @@ from optaccum._streaming.state import (
 )
 from optaccum._streaming.value_and_update import value_and_update as value_and_update
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

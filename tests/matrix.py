@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 BUILD = ROOT / "build" / "matrix"
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 CELLS = ("lowest", "newest", "wheel")
-SMOKE_TESTS = ("tests/streaming/test_accumulate_state.py", "tests/scanning/test_split.py")
+SMOKE_TESTS = ("tests/streaming/test_state.py", "tests/scanning/test_split.py")
 # What these look at is the checkout: its documentation, its release files, its benchmarks.
 OF_THE_CHECKOUT = ("test_benchmarks.py", "test_docs.py", "test_losses.py", "test_release.py")
 

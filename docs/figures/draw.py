@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 import optaccum
 
@@ -26,6 +26,7 @@ THEMES = {
         "first": "#0072B2",
         "second": "#D55E00",
         "fill": "#0072B214",
+        "paper": "#ffffff",
     },
     "dark": {
         "ink": "#e6edf3",
@@ -33,6 +34,7 @@ THEMES = {
         "first": "#56B4E9",
         "second": "#E69F00",
         "fill": "#56B4E91f",
+        "paper": "#0d1117",
     },
 }
 
@@ -71,12 +73,12 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], bend
 
 
 def window(figure: Figure, colors: dict[str, str]) -> None:
-    """The window of micro-steps as a state machine."""
+    """The window of micro-steps as a state machine, and the three ways in which one ends."""
     axes = figure.subplots()
-    axes.set(xlim=(0, 10.3), ylim=(0, 4.5), aspect="equal")
+    axes.set(xlim=(0, 10.3), ylim=(-2.6, 4.5), aspect="equal")
     axes.axis("off")
     box(axes, 0.2, 1.9, 2.2, 1.3, "closed", "micro_step = 0\nsums are leftovers", colors)
-    box(axes, 6.1, 1.9, 2.2, 1.3, "open", "0 < micro_step < k\nsums S and W", colors)
+    box(axes, 6.1, 1.9, 2.2, 1.3, "open", "micro_step > 0\nsums S and W", colors)
     box(axes, 2.65, 0.1, 3.2, 1.05, "emit", "inner runs once on S / W", colors)
 
     def label(x, y, text, **kwargs):
@@ -88,12 +90,36 @@ def window(figure: Figure, colors: dict[str, str]) -> None:
     arrow(axes, (8.3, 2.9), (8.3, 2.2), -1.9, ink)
     label(9.6, 2.55, "S ← S + w g\nW ← W + w")
     arrow(axes, (7.2, 1.9), (5.85, 0.6), -0.3, ink)
-    label(7.95, 0.85, "the k-th micro-step,\nor flush")
+    label(7.95, 0.85, "the last micro-step,\nor flush")
     arrow(axes, (2.65, 0.6), (1.3, 1.9), -0.3, ink)
     label(0.95, 0.85, "has_updated,\ngradient_step + 1")
     arrow(axes, (6.1, 2.55), (2.4, 2.55), 0.0, colors["second"])
-    label(4.25, 2.83, "the k-th micro-step, but W = 0:", color=colors["second"])
+    label(4.25, 2.83, "the last micro-step, but W = 0:", color=colors["second"])
     label(4.25, 2.27, "nothing runs, nothing counts", color=colors["second"])
+
+    by_count = [[("1", 0.8), ("2", 0.8), ("3", 0.8)]] * 2 + [[("1", 0.8)]]
+    by_weight = [[(str(w), 0.31 * w) for w in weights] for weights in ([3, 2, 4], [6, 2], [1])]
+    by_flag = [[("", 0.8)] * n + [("True", 0.8)] for n in (1, 3)] + [[("", 0.8)]]
+    windows(axes, -0.8, "count:  accumulate(inner, 3)", by_count, colors)
+    windows(axes, -1.6, "weight:  until_weight(8)", by_weight, colors)
+    windows(axes, -2.4, "flag:  accumulate(inner, None)", by_flag, colors)
+
+
+def windows(
+    axes: Axes, y: float, name: str, rows: list[list[tuple[str, float]]], colors: dict[str, str]
+) -> None:
+    """Windows side by side, (text, width) of each micro-step; filled is the one that ends its window."""
+    axes.text(0.2, y + 0.24, name, ha="left", va="center", fontsize=10)
+    x = 3.9
+    for i, row in enumerate(rows):
+        for j, (text, width) in enumerate(row):
+            ends = i < len(rows) - 1 and j == len(row) - 1  # the last window is still open
+            face = colors["first"] if ends else colors["fill"]
+            axes.add_patch(Rectangle((x, y), width, 0.48, facecolor=face, edgecolor=colors["first"]))
+            color = colors["paper"] if ends else colors["ink"]
+            axes.text(x + width / 2, y + 0.22, text, ha="center", va="center", fontsize=9, color=color)
+            x += width
+        x += 0.2
 
 
 BATCH, LENGTH, WIDTH, LAYERS = 32, 64, 64, 8
@@ -221,7 +247,7 @@ def overview(read: dict[str, dict[str, dict[str, float]]]) -> Callable[[Figure, 
 
 def main() -> dict[bool, dict[int, float]]:
     """Draws all figures; returns what was measured."""
-    save(window, "window", (9, 4))
+    save(window, "window", (9, 6.2))
     measured = measure_memory()
     print(f"micro-batches   alone   with jax.checkpoint   (MB of temp memory; JAX {jax.__version__})")
     for n in measured[False]:

@@ -169,9 +169,9 @@ def _python_loop(subject: Subject, *, with_grads: bool) -> Callable[[Call, Seque
     """
     options = subject.options
 
-    def on_one_device(batch_and_carry, index, count, call):
+    def on_one_device(batch_and_carry, others):
         """Terms, the gradient of each, carry, aux, and whether all that counts; leaves lead with this one device."""
-        batch, carry = batch_and_carry
+        (batch, carry), (index, count, call) = batch_and_carry, others
         carry, key = jax.tree.map(lambda x: x[0], carry), call.key
         for i in (index, *([jax.lax.axis_index(options.data_axes)] if options.data_axes else [])):
             key = jax.tree.map(lambda key, i=i: jax.random.fold_in(key, i), key)
@@ -210,7 +210,9 @@ def _python_loop(subject: Subject, *, with_grads: bool) -> Callable[[Call, Seque
         grads: dict[str, PyTree] = {}
         parts, others = [], call._replace(batch=(), carry=())
         for index, batch in enumerate(micro_batches):
-            new, carry, (terms, aux, kept) = step((batch, carry), jnp.int32(index), jnp.int32(count), others)
+            new, carry, (terms, aux, kept) = step(
+                (batch, carry), (jnp.int32(index), jnp.int32(count), others)
+            )
             grads = add(grads, new) if grads else new
             if len(micro_batches) > 1 and not options.presplit:
                 aux = map_wrappers(lambda x: x if isinstance(x, Last | Stack) else None, aux)

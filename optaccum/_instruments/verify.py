@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from optaccum._dtypes import as_summand
 from optaccum._instruments.diagnose import diagnose, explain_aux, explain_loop, explain_not_finite
@@ -19,7 +20,7 @@ from optaccum._instruments.references import (
     take_rows,
 )
 from optaccum._scanning.call import Call, split_call
-from optaccum._scanning.data_axes import find_mesh
+from optaccum._scanning.data_axes import find_mesh, place_args
 from optaccum._scanning.options import Options
 from optaccum._scanning.reductions import is_wrapper
 from optaccum._scanning.sharded import cast
@@ -123,10 +124,12 @@ def verify(
     grad_fn: Any = value_and_grad(loss_fn, **value_and_grad_options)
     options = grad_fn.options
     call, layout = split_call(options.roles, args, {})
-    call = call._replace(diff=jax.tree.map(lambda x: cast(x, options.gather_dtype), call.diff))
-    subject = Subject(
-        loss_fn, options, layout, find_mesh(call, options.data_axes) if options.data_axes else None
-    )
+    mesh = find_mesh(call, options.data_axes) if options.data_axes else None
+    subject = Subject(loss_fn, options, layout, mesh)
+    # As the loss sees parameters: whole, in the dtype that they are gathered in.
+    diff = jax.tree.map(lambda x: cast(x, options.gather_dtype), call.diff)
+    diff = place_args(diff, PartitionSpec(), mesh, options.data_axes) if mesh else diff
+    call = call._replace(diff=diff)
     n = _num_microbatches(options, call.batch)
     out, grads, *_ = grad_fn(*args)
     value, carry, aux = subject.unpack(out)

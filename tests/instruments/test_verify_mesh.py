@@ -70,8 +70,9 @@ def test_parameters_that_are_not_on_the_explicit_mesh():
     assert not optaccum.verify(lambda w, x: jnp.sum((x @ w) ** 2), w, x, **options).ok
 
 
-def test_carry_aux_and_micro_batches_of_ones_own():
+def test_carry_aux_micro_batches_of_ones_own_and_sharded_parameters():
     params, batch = problem()
+    specs = {"w": P(None, "data"), "b": P("data"), "out": P("data")}
 
     def loss_fn(params, batch, carry, key, alike=True):
         each = losses(params, batch)
@@ -82,15 +83,18 @@ def test_carry_aux_and_micro_batches_of_ones_own():
 
     args = {"count": jnp.int32(0), "mean": jnp.float32(0)}, jax.random.key(0)
     options = {"has_aux": True, "carry_argnum": 2, "key_argnum": 3, "data_axes": "data"}
+    mesh, _, on_devices = on_mesh(AxisType.Auto, (), batch)
+    sharded = jax.device_put(params, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
     report = optaccum.verify(
-        loss_fn, *on_mesh(AxisType.Auto, params, batch)[1:], *args, num_microbatches=4, **options
+        loss_fn, sharded, on_devices, *args, num_microbatches=4, shard_sums=True, **options
     )
     assert report.ok, str(report)
     expected = {"aux['rows']", "aux['last']", "aux['noise']", "carry['count']", "carry['mean']"}
     assert expected < set(report.leaves)
 
     own = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), batch)
-    mesh, params, _ = on_mesh(AxisType.Explicit, params, ())
+    mesh, *_ = on_mesh(AxisType.Explicit, (), ())
+    params = jax.device_put(params, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
     own = jax.device_put(own, NamedSharding(mesh, P(None, "data")))
     report = optaccum.verify(loss_fn, params, own, *args, presplit=True, **options)
     assert report.ok, str(report)

@@ -239,6 +239,18 @@ MUTATIONS = [
         "instruments/test_collectives.py -k twice",
     ),
     Mutation(
+        "verify: aux goes unseen",
+        "return value, Results(value, (), carry, map_wrappers(_whole_value, aux))",
+        "return value, Results(value, (), carry, ())",
+        "instruments/test_verify.py -k aux",
+    ),
+    Mutation(
+        "verify: the order of the rows goes unasked",
+        "        return _TOGETHER\n",
+        "        pass\n",
+        "instruments/test_diagnose.py -k rows",
+    ),
+    Mutation(
         "plan: off by one divisor",
         "return MicrobatchPlan(sizes[-1] // max(fitting), max(fitting),",
         "fitting = fitting[:1]\n    return MicrobatchPlan(sizes[-1] // max(fitting), max(fitting),",

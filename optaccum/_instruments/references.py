@@ -168,32 +168,7 @@ def _python_loop(subject: Subject, *, with_grads: bool) -> Callable[[Call, Seque
     differ in size, only what `Last` and `Stack` hold is kept of aux.
     """
     options = subject.options
-
-    def on_one_device(batch_and_carry, others):
-        """Terms, the gradient of each, carry, aux, and whether all that counts; leaves lead with this one device."""
-        (batch, carry), (index, count, call) = batch_and_carry, others
-        carry, key = jax.tree.map(lambda x: x[0], carry), call.key
-        for i in (index, *([jax.lax.axis_index(options.data_axes)] if options.data_axes else [])):
-            key = jax.tree.map(lambda key, i=i: jax.random.fold_in(key, i), key)
-
-        def totals_of(diff):
-            loss, new_carry, aux = subject.loss(call._replace(diff=diff, batch=batch, key=key, carry=carry))
-            terms = loss_terms(loss, float(batch_size_of(batch)))
-            return {name: term.total for name, term in terms.items()}, (terms, new_carry, aux)
-
-        if with_grads:
-            totals, pull_back, (terms, new_carry, aux) = jax.vjp(totals_of, call.diff, has_aux=True)
-            zeros = jax.tree.map(jnp.zeros_like, totals)
-            grads = {name: pull_back(zeros | {name: jnp.ones_like(zeros[name])})[0] for name in totals}
-        else:
-            grads, (_, (terms, new_carry, aux)) = {}, totals_of(call.diff)
-        kept = index < count
-        if options.skip_nonfinite:
-            kept &= jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves((terms, grads))]).all()
-        new_carry = jax.tree.map(lambda new, old: jnp.where(kept, new, old), new_carry, carry)
-        grads = jax.tree.map(lambda g: jnp.where(kept, as_summand(g), 0), grads)
-        return jax.tree.map(lambda x: jnp.asarray(x)[None], (grads, new_carry, (terms, aux, kept)))
-
+    on_one_device = functools.partial(_on_one_device, subject, with_grads)
     if subject.axis_sizes:
         mapped = over_devices(
             lambda *args: ((), on_one_device(*args)), subject.mesh, options.data_axes, batch_axis=0
@@ -234,6 +209,32 @@ def _python_loop(subject: Subject, *, with_grads: bool) -> Callable[[Call, Seque
         return combine(grads, carry, terms, aux)
 
     return results_of
+
+
+def _on_one_device(subject: Subject, with_grads: bool, batch_and_carry: Any, others: Any) -> Any:
+    """Terms, the gradient of each, carry, aux, and whether all that counts; leaves lead with this one device."""
+    (batch, carry), (index, count, call), options = batch_and_carry, others, subject.options
+    carry, key = jax.tree.map(lambda x: x[0], carry), call.key
+    for i in (index, *([jax.lax.axis_index(options.data_axes)] if options.data_axes else [])):
+        key = jax.tree.map(lambda key, i=i: jax.random.fold_in(key, i), key)
+
+    def totals_of(diff):
+        loss, new_carry, aux = subject.loss(call._replace(diff=diff, batch=batch, key=key, carry=carry))
+        terms = loss_terms(loss, float(batch_size_of(batch)))
+        return {name: term.total for name, term in terms.items()}, (terms, new_carry, aux)
+
+    if with_grads:
+        totals, pull_back, (terms, new_carry, aux) = jax.vjp(totals_of, call.diff, has_aux=True)
+        zeros = jax.tree.map(jnp.zeros_like, totals)
+        grads = {name: pull_back(zeros | {name: jnp.ones_like(zeros[name])})[0] for name in totals}
+    else:
+        grads, (_, (terms, new_carry, aux)) = {}, totals_of(call.diff)
+    kept = index < count
+    if options.skip_nonfinite:
+        kept &= jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves((terms, grads))]).all()
+    new_carry = jax.tree.map(lambda new, old: jnp.where(kept, new, old), new_carry, carry)
+    grads = jax.tree.map(lambda g: jnp.where(kept, as_summand(g), 0), grads)
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], (grads, new_carry, (terms, aux, kept)))
 
 
 def _is_max(options: Options, diff: tuple[PyTree, ...]) -> tuple[PyTree, ...]:

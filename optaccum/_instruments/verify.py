@@ -123,13 +123,7 @@ def verify(
         raise ValueError(f"expected rtol to be None or a number >= 0; got {rtol!r}.")
     grad_fn: Any = value_and_grad(loss_fn, **value_and_grad_options)
     options = grad_fn.options
-    call, layout = split_call(options.roles, args, {})
-    mesh = find_mesh(call, options.data_axes) if options.data_axes else None
-    subject = Subject(loss_fn, options, layout, mesh)
-    # As the loss sees parameters: whole, in the dtype that they are gathered in.
-    diff = jax.tree.map(lambda x: cast(x, options.gather_dtype), call.diff)
-    diff = place_args(diff, PartitionSpec(), mesh, options.data_axes) if mesh else diff
-    call = call._replace(diff=diff)
+    subject, call = _subject(loss_fn, options, args)
     n = _num_microbatches(options, call.batch)
     out, grads, *_ = grad_fn(*args)
     value, carry, aux = subject.unpack(out)
@@ -182,6 +176,16 @@ def verify(
         reference="the same in a Python loop" if options.presplit else "the whole batch",
         cause=cause,
     )
+
+
+def _subject(loss_fn: Callable[..., Any], options: Options, args: tuple[Any, ...]) -> tuple[Subject, Call]:
+    """The loss and its call, with parameters as it sees them: whole, in the dtype that they are gathered in."""
+    call, layout = split_call(options.roles, args, {})
+    mesh = find_mesh(call, options.data_axes) if options.data_axes else None
+    diff = jax.tree.map(lambda x: cast(x, options.gather_dtype), call.diff)
+    if mesh is not None:
+        diff = place_args(diff, PartitionSpec(), mesh, options.data_axes)
+    return Subject(loss_fn, options, layout, mesh), call._replace(diff=diff)
 
 
 def _num_microbatches(options: Options, batch: PyTree) -> int:

@@ -14,7 +14,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?:\]\(|srcset=\"|src=\")([^)\s\"]+)")
-MAX_WORDS, MAX_LINES = 450, 15  # of prose in the README, of code in one of its blocks
+MAX_WORDS, MAX_LINES = 420, 15  # of prose in the README, of code in one of its blocks
 
 
 def _num_words(text: str) -> int:

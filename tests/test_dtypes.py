@@ -131,7 +131,7 @@ def test_integer_weights_beside_other_terms_under_x64():
     def loss_fn(w, batch):
         errors = (batch["x"] * w) ** 2
         total = optaccum.WeightedMean((errors * batch["mask"]).sum(), batch["mask"].sum())
-        return {"masked": total, "mean": errors.mean()}
+        return {"masked": total, "mean": optaccum.WeightedMean(errors.sum(), errors.size)}
 
     with jax.enable_x64(True):
         batch = {"x": jnp.arange(6.0), "mask": jnp.array([1, 0, 1, 1, 0, 1])}

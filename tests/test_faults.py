@@ -132,22 +132,23 @@ def test_a_state_from_another_k_goes_on(way, k, emits):
 
 @WAYS
 @pytest.mark.parametrize(
-    ("then", "now", "named"),
+    ("then", "now"),
     [
-        (optax.sgd(0.1), optax.adam(0.1), r"\[0\].count is missing"),
-        (optax.adam(0.1), optax.lion(0.1), r"\[0\].nu\S* is not among"),
-        (optax.adam(0.1), optax.sgd(0.1, momentum=0.9), r"\[0\].trace\S* is missing"),
-        (optax.sgd(0.1, momentum=0.9), optax.adam(0.1), r"\[0\].count is missing"),
-        (optax.adam(0.1), optax.adamw(0.1), "expected PyTreeDef"),
+        (optax.sgd(0.1), optax.adam(0.1)),
+        (optax.adam(0.1), optax.lion(0.1)),
+        (optax.adam(0.1), optax.sgd(0.1, momentum=0.9)),
+        (optax.sgd(0.1, momentum=0.9), optax.adam(0.1)),
+        (optax.adam(0.1), optax.adamw(0.1)),
     ],
     ids=["sgd-adam", "adam-lion", "adam-momentum", "momentum-adam", "adam-adamw"],
 )
-def test_a_state_of_another_inner_optimizer_is_refused_at_once(way, then, now, named):
+def test_a_state_of_another_inner_optimizer_is_refused_at_once(way, then, now):
+    """By the optimizer's own error, and a note that says what to restore."""
     state = in_a_window(optaccum.accumulate(then, 4))  # of which the third call does not end the window
     tx = optaccum.accumulate(now, 4)
-    with pytest.raises(ValueError, match=named) as refused:
+    with pytest.raises((AttributeError, TypeError, ValueError)) as refused:
         one_call(way, tx, state)
-    assert "inner optimizer's state" in str(refused.value)
+    assert "Restore it with the options that it was saved with" in "".join(refused.value.__notes__)
     one_call(way, tx, in_a_window(tx))
 
 
@@ -155,8 +156,11 @@ def test_a_state_of_another_inner_optimizer_is_refused_at_once(way, then, now, n
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        ({"layer": {"w": jnp.ones((2, 3))}}, r"\['layer'\]\['b'\]"),
-        ({"layer": {"w": jnp.ones((2, 3)), "b": jnp.zeros(3), "c": jnp.zeros(1)}}, r"\['layer'\]\['c'\]"),
+        ({"layer": {"w": jnp.ones((2, 3))}}, r"(?s)\['layer'\].*1 child keys"),
+        (
+            {"layer": {"w": jnp.ones((2, 3)), "b": jnp.zeros(3), "c": jnp.zeros(1)}},
+            r"(?s)\['layer'\].*3 child keys",
+        ),
         ({"layer": {"w": jnp.ones((3, 2)), "b": jnp.zeros(3)}}, r"\['layer'\]\['w'\]"),
     ],
     ids=["fewer", "more", "shape"],
@@ -175,7 +179,7 @@ def test_a_state_with_narrower_sums_is_refused_by_name(way):
         if dtype is None:
             one_call(way, tx, state)  # whatever dtype the state has
         else:
-            with pytest.raises(ValueError, match=r"\['layer'\]\['b'\].*bfloat16.*float32"):
+            with pytest.raises(ValueError, match=r"\['layer'\]\['b'\] to be float32.*got bfloat16"):
                 one_call(way, tx, state)
 
 

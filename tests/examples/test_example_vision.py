@@ -89,7 +89,7 @@ def test_vision_refuses_what_cannot_be(tmp_path):
         vision.main(["--data", str(tmp_path)])
     with pytest.raises(SystemExit, match="1438 images do not fill --batch-size 2000"):
         vision.main(["--batch-size", "2000"])
-    with pytest.raises(SystemExit, match="--memory: no number of micro-batches fits"):
+    with pytest.raises(SystemExit, match="--memory: expected some number of micro-batches to fit"):
         vision.main([*SMALL, "--memory", "1KB"])
 
 

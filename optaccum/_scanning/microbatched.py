@@ -73,7 +73,8 @@ def microbatched(
       accumulator_dtype: of the sums.
       presplit: the micro-batches are the caller's.
       count_argnum: with `presplit`, how many of them run.
-      data_axes: mesh axes that the batch, and no other argument, is sharded over.
+      data_axes: mesh axes that the batch is sharded over. Arguments that are sharded over them too are gathered, and
+        their gradients come back whole: :func:`value_and_grad` leaves those sharded.
       in_place: whether the backward pass adds into the one gradient buffer.
       unroll: of the scan.
 

@@ -65,10 +65,11 @@ def test_keyword_arguments_pass_whole():
         assert_trees_close(actual, jax.value_and_grad(whole)(PARAMS, BATCH), rtol=1e-5)
         with pytest.raises(AssertionError):
             assert_trees_close(actual, jax.value_and_grad(mean_loss)(PARAMS, BATCH), rtol=1e-2)
-    assert len(traces) % 2 == 0
-    assert traces == sorted(traces, reverse=True)  # anew for each value of what is static
-    assert grad_fn(PARAMS, BATCH, flag=flag, **options)
-    assert traces.count(True) == traces.count(False)
+    assert traces.count(True) == traces.count(False) > 0  # anew for each value of what is static
+    num_traces = len(traces)
+    for flag in (True, False):
+        grad_fn(PARAMS, BATCH, flag=flag, **options)
+    assert len(traces) == num_traces  # and once for each
 
 
 def test_numbers_that_are_equal_are_not_the_same():

@@ -22,7 +22,7 @@ from benchmarks.report import Section, Table, milliseconds, times
 from benchmarks.sizes import Sizes
 from benchmarks.transformer import loss_fn, make_params, make_tokens
 
-NUM_PROCESSES, TIMEOUT = 2, 300
+NUM_PROCESSES, TIMEOUT = 2, 900
 
 
 def run(tiny: bool) -> Section:

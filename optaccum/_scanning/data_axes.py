@@ -87,7 +87,7 @@ def compile_call(
 ) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
     """`fn(layout, mesh, call)` as a function of args and kwargs, compiled once for each layout, mesh and shapes.
 
-    In place of the mesh comes what `place(mesh, call)` returns, if it is given.
+    In place of the mesh comes what `place(mesh, layout, call)` returns, if it is given.
     """
     compiled = jax.jit(fn, static_argnums=(0, 1))
 
@@ -97,7 +97,7 @@ def compile_call(
         if mesh is not None:
             num_rows = num_and_size_of(call.batch)[1] if presplit else batch_size_of(call.batch)
             check_rows(num_rows, mesh, axes)
-            mesh = mesh if place is None else place(mesh, call)
+            mesh = mesh if place is None else place(mesh, layout, call)
         return compiled(layout, mesh, call)
 
     return call_fn

@@ -6,28 +6,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import DTypeLike
 
-from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of
+from optaccum._dtypes import AccumulatorDType
 from optaccum._scanning import reductions
 from optaccum._scanning.call import Call, Layout
 from optaccum._scanning.data_axes import compile_call
-from optaccum._scanning.loop import Loop, Operands, SumOf, choose_form, run_loop
-from optaccum._scanning.micro_loss import MicroLoss, as_it_came, trace_loss
+from optaccum._scanning.loop import Loop, Operands
+from optaccum._scanning.micro_loss import MicroLoss, trace_loss
 from optaccum._scanning.options import Options, make_options
-from optaccum._scanning.split import Group
-from optaccum._scanning.whole_batch import across, cotangents_of, divide_batch, finish, finish_aux
+from optaccum._scanning.sharded import Leaf, Placement, gather, leaves_of, place
+from optaccum._scanning.whole_batch import differ, divide_batch, make_sums_of, run_window
 
 PyTree = Any
 
 _NOT_TAKEN = {
     "argnums": None,
     "skip_nonfinite": False,
-    "param_specs": None,
-    "gather_dtype": None,
-    "grad_specs": None,
-    "shard_sums": False,
     "grad_reduction_fn": None,
     "return_info": False,
     "track_noise_scale": False,
@@ -47,6 +43,10 @@ def microbatched(
     presplit: bool = False,
     count_argnum: int | None = None,
     data_axes: str | Sequence[str] | None = None,
+    param_specs: Any = None,
+    gather_dtype: DTypeLike | None = None,
+    grad_specs: Any = None,
+    shard_sums: bool = False,
     in_place: bool | None = None,
     unroll: int = 1,
 ) -> Callable[..., Any]:
@@ -73,8 +73,13 @@ def microbatched(
       accumulator_dtype: of the sums.
       presplit: the micro-batches are the caller's.
       count_argnum: with `presplit`, how many of them run.
-      data_axes: mesh axes that the batch is sharded over. Arguments that are sharded over them too are gathered, and
-        their gradients come back whole: :func:`value_and_grad` leaves those sharded.
+      data_axes: mesh axes that the batch is sharded over. Arguments that are sharded over them too, as types on
+        Explicit meshes show and `param_specs` say, are gathered once, and their gradients come back so.
+      param_specs: a prefix of the parameters, the first positional argument that has no role above. On an Auto mesh
+        they are needed: arrays do not show their sharding where they are differentiated.
+      gather_dtype: in which floating parameters cross and are handed to `loss_fn`.
+      grad_specs: how the parameters' gradients come back; a prefix like `param_specs`.
+      shard_sums: reduce each micro-batch's gradient into a sharded sum.
       in_place: whether the backward pass adds into the one gradient buffer.
       unroll: of the scan.
 
@@ -93,9 +98,12 @@ def microbatched(
       (36.667, 36.667)
     """
     options = make_options(locals() | _NOT_TAKEN)
-    compiled = compile_call(
-        functools.partial(_whole_batch, loss_fn, options), options.roles, options.data_axes, presplit
-    )
+
+    def where(mesh, layout, call):
+        return place(mesh, options.data_axes, _leaves(options, layout, call)[0])
+
+    fn = functools.partial(_whole_batch, loss_fn, options)
+    compiled = compile_call(fn, options.roles, options.data_axes, presplit, where)
 
     @functools.wraps(loss_fn, assigned=("__name__", "__qualname__", "__doc__"), updated=())
     def loss(*args: Any, **kwargs: Any) -> Any:
@@ -113,90 +121,117 @@ def microbatched(
     return loss
 
 
+def _leaves(options: Options, layout: Layout, call: Call) -> tuple[list[Leaf], list[Any]]:
+    """The arrays of `call.rest`, and the dtype in which each crosses.
+
+    What the options say is meant for the parameters: the first positional argument with an array.
+    """
+    arrays = iter(call.rest)
+    values = [jnp.asarray(next(arrays)) if other is None else other[1] for other in layout.others]
+    tree = jax.tree.unflatten(layout.structure, values)
+
+    def leaves(param_specs, grad_specs):
+        found = leaves_of(tree, param_specs, grad_specs)
+        return [leaf for leaf, other in zip(found, layout.others, strict=True) if other is None]
+
+    first = next((leaf.path[1].idx for leaf in leaves(None, None) if leaf.path[0].idx == 0), None)
+
+    def prefix(specs):
+        return [specs if i == first else None for i in range(layout.num_args)], None
+
+    found = leaves(prefix(options.param_specs), prefix(options.grad_specs))
+    is_param = [leaf.path[0].idx == 0 and leaf.path[1].idx == first for leaf in found]
+    return found, [options.gather_dtype if own else None for own in is_param]
+
+
 def _whole_batch(
-    loss_fn: Callable[..., Any], options: Options, layout: Layout, mesh: Any, call: Call
+    loss_fn: Callable[..., Any], options: Options, layout: Layout, placement: Placement | None, call: Call
 ) -> tuple[jax.Array, PyTree]:
-    def one_device(groups, call):
-        return _one_device(loss_fn, options, layout, groups, call)
-
-    (value, aux), rows = divide_batch(one_device, options, mesh, call)
-    return value, reductions.merge_aux(aux, rows)
-
-
-def _one_device(
-    loss_fn: Callable[..., Any], options: Options, layout: Layout, groups: list[Group], call: Call
-) -> tuple[tuple[jax.Array, PyTree], PyTree]:
-    """The value and aux from one device's rows; the aux that leads with rows comes separately."""
-    rest = [jnp.asarray(x) for x in call.rest]
-    places = [i for i, x in enumerate(rest) if jnp.issubdtype(x.dtype, jnp.inexact)]
-
-    def with_diff(diff):
-        new = dict(enumerate(rest)) | dict(zip(places, diff, strict=True))
-        return call._replace(rest=[new[i] for i in range(len(rest))])
-
-    diff = [rest[i] for i in places]
-    _, losses, consts = trace_loss(loss_fn, options, layout, groups, with_diff, diff)
+    """The value and aux; where somebody differentiates them, the gradients are made in the forward pass."""
+    leaves, dtypes = _leaves(options, layout, call)
+    call = call._replace(diff=[leaf.value for leaf in leaves], rest=[])
+    traced, consts = _look(loss_fn, options, layout, placement, dtypes, call)
     # What the loss closes over may be differentiated too, and is the same for micro-batches of each size.
-    shared = list({id(x): x for x in [*diff, *(x for own in consts for x in own)]}.values())
-    where = [[next(i for i, y in enumerate(shared) if y is x) for x in [*diff, *own]] for own in consts]
-    losses = [_of_shared(loss, at, len(diff)) for loss, at in zip(losses, where, strict=True)]
-    sum_dtypes = _sum_dtypes(options, layout, places, shared)
-    limit = None if layout.roles.limit is None else jnp.clip(call.limit, 0, groups[0].count)
+    closed = list({id(x): x for own in consts for x in own}.values())
+    where = [[next(i for i, y in enumerate(closed) if y is x) for x in own] for own in consts]
+    losses = [_of_shared(loss, at, len(leaves)) for loss, at in zip(traced, where, strict=True)]
+    paths = [leaf.path[2:] for leaf in leaves] + [()] * len(closed)  # in the argument; of a closure none
+    dtypes = dtypes + [None] * len(closed)
+    if placement is not None:
+        placement = placement.beside(closed)
 
-    def window(operands, chosen, of_rows):
-        """The outputs, and the gradients of the leaves chosen among `shared` and among the rows; None for others."""
-        shared, groups, key, carry, limit = operands
-        some = [x for x, is_chosen in zip(shared, chosen, strict=True) if is_chosen]
-        fixed = [None if is_chosen else x for x, is_chosen in zip(shared, chosen, strict=True)]
-        sums_of = [SumOf(d) for d, is_chosen in zip(sum_dtypes, chosen, strict=True) if is_chosen]
-        loop = Loop(losses, sums_of, False, False, options.unroll, of_rows)
-        loop_operands = Operands(some, groups, key, carry, [fixed] * len(groups), limit, cotangents=None)
-        in_place = bool(some) and choose_form(options.in_place, loop, loop_operands)
-        if len(losses[0].structs[0]) > 1:
-            loop_operands = loop_operands._replace(cotangents=cotangents_of(options, loop, loop_operands))
-        sums, outputs = run_loop(loop, None, loop_operands, in_place)
-        row_grads = [
-            x.swapaxes(0, 1) if group.axis else x
-            for group, output in zip(groups, outputs, strict=True)
-            for x in output.row_grads
+    def window(call, chosen, of_rows):
+        """(value, aux), and the gradients of those chosen in `call.diff`, then in its batch; None for the others."""
+
+        def some(xs):
+            return [x for x, is_chosen in zip(xs, chosen, strict=True) if is_chosen]
+
+        own = placement and placement.of_gradients(chosen)
+        sums_of = make_sums_of(options, some(zip(paths, call.diff, strict=True)), own)
+
+        def one_device(groups, call):
+            shared = differ(call.diff if own is None else gather(call.diff, own, dtypes), groups, call)
+            fixed = [None if is_chosen else x for x, is_chosen in zip(shared, chosen, strict=True)]
+            loop = Loop(losses, sums_of, False, False, options.unroll, of_rows)
+            consts = [fixed] * len(groups)
+            operands = Operands(some(shared), groups, call.key, call.carry, consts, call.limit, None)
+            return run_window(options, loop, operands, some(call.diff))
+
+        (value, aux, grads, _), (rows, row_grads) = divide_batch(one_device, options, own, call)
+        if options.presplit:
+            row_grads = [x.swapaxes(0, 1) for x in row_grads]
+        grads = iter([*grads, *row_grads])
+        return (value, reductions.merge_aux(aux, rows)), [
+            next(grads) if c else None for c in (*chosen, *of_rows)
         ]
-        own = [
-            *sums.grads,
-            *row_grads,
-        ]  # they cross devices as cotangents: JAX sums those of what is replicated
-        sums = sums._replace(grads=[])
-        sums = (across(sums, [], options) if options.data_axes else sums)._replace(grads=own)
-        sums_of = [*sums_of, *(SumOf(x.dtype) for x in row_grads)]
-        value, own, _ = finish(sums, options, sums_of, in_place, max(group.size for group in groups))
-        sums = sums._replace(carry=as_it_came(losses, carry, sums.carry))
-        aux, rows = finish_aux(sums, outputs, options)
-        grads = iter(own)
-        return ((value, aux), rows), [next(grads) if c else None for c in (*chosen, *of_rows * len(groups))]
 
     @jax.custom_vjp
-    def value_of(*operands):
-        return window(operands, [False] * len(operands[0]), ())[0]
+    def value_of(shared, batch, others):
+        return window(others._replace(diff=shared, batch=batch), [False] * len(shared), ())[0]
 
-    def forward(*primals):
-        operands = jax.tree.map(lambda x: x.value, primals)
-        chosen, groups = jax.tree.map(lambda x: x.perturbed, primals[:2])
-        of_rows = tuple(any(same) for same in zip(*map(jax.tree.leaves, groups), strict=True))
-        return window(operands, chosen, of_rows)
+    def forward(*operands):
+        shared, batch, others = jax.tree.map(lambda x: x.value, operands)
+        chosen, of_rows = ([x.perturbed for x in jax.tree.leaves(tree)] for tree in operands[:2])
+        return window(others._replace(diff=shared, batch=batch), chosen, tuple(of_rows))
 
     def backward(grads, cotangents):
-        (scale, _), _ = cotangents
+        scale, _ = cotangents
         if isinstance(scale, SymbolicZero):
-            return (None,) * 5
-        if options.data_axes:  # which `shard_map` has divided among the devices
-            scale = scale * lax.axis_size(options.data_axes)
-        of_all = zip(grads, dtypes, strict=True)
-        scaled = [None if g is None else (g * scale).astype(dtype) for g, dtype in of_all]
-        return scaled[:num_shared], jax.tree.unflatten(structure, scaled[num_shared:]), None, None, None
+            return None, None, None
+        scaled = [
+            None if g is None else (g * scale).astype(d) for g, d in zip(grads, own_dtypes, strict=True)
+        ]
+        return scaled[: len(shared)], structure.unflatten(scaled[len(shared) :]), None
 
-    structure, num_shared = jax.tree.structure(groups), len(shared)
-    dtypes = [x.dtype for x in jax.tree.leaves((shared, groups))]
+    shared, (rows, structure) = [*call.diff, *closed], jax.tree.flatten(call.batch)
+    own_dtypes = [x.dtype for x in (*shared, *rows)]
     value_of.defvjp(forward, backward, symbolic_zeros=True)
-    return value_of(shared, groups, call.key, call.carry, limit)
+    return value_of(shared, call.batch, call._replace(diff=(), batch=()))
+
+
+def _look(
+    loss_fn: Callable[..., Any],
+    options: Options,
+    layout: Layout,
+    placement: Placement | None,
+    dtypes: list[Any],
+    call: Call,
+) -> tuple[list[MicroLoss], list[list[Any]]]:
+    """The loss as traced on one device's micro-batches, and what it closes over; `call.diff` is all of the rest."""
+    found = []
+
+    def one_device(groups, call):
+        diff = call.diff if placement is None else gather(call.diff, placement, dtypes)
+        diff = differ(diff, groups, call)
+        found[:] = trace_loss(
+            loss_fn, options, layout, groups, lambda diff: call._replace(diff=(), rest=diff), diff
+        )
+        return (jnp.float32(0), (), [], ()), ()
+
+    bare = placement and placement.of_gradients([False] * len(call.diff))
+    jax.eval_shape(functools.partial(divide_batch, one_device, options, bare), call)
+    _, losses, consts = found
+    return losses, consts
 
 
 def _of_shared(loss: MicroLoss, where: list[int], num_diff: int) -> MicroLoss:
@@ -205,20 +240,10 @@ def _of_shared(loss: MicroLoss, where: list[int], num_diff: int) -> MicroLoss:
     def call(fixed, some, *args):
         chosen = iter(some)
         shared = [next(chosen) if x is None else x for x in fixed]
-        own = [shared[i] for i in where]
-        return loss.traced.call(own[num_diff:], own[:num_diff], *args)
+        diff, closed = shared[:num_diff], shared[num_diff:]
+        return loss.traced.call([closed[i] for i in where], diff, *args)
 
     return loss._replace(traced=loss.traced._replace(call=call))
-
-
-def _sum_dtypes(options: Options, layout: Layout, places: list[int], shared: list[jax.Array]) -> list[Any]:
-    """The dtype that each leaf's gradient is summed in."""
-    arguments = jax.tree.unflatten(layout.structure, range(len(layout.others)))
-    paths = [path for path, i in jax.tree_util.tree_leaves_with_path(arguments) if layout.others[i] is None]
-    paths = [paths[i][2:] for i in places] + [()] * (
-        len(shared) - len(places)
-    )  # in the argument; of a closure none
-    return [accumulator_dtype_of(options.accumulator_dtype, p, x) for p, x in zip(paths, shared, strict=True)]
 
 
 def _refuse_derivative(x: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ others (tensor parallel), which JAX places. By itself a collective over a data a
 them first; it runs in a `jax.shard_map` over the others, inside the one over the data axes.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -99,6 +100,18 @@ class Placement(NamedTuple):
     grads: tuple[Shard, ...]
     specs: tuple[PartitionSpec | None, ...]  # of the gradients; None where only their data axes are known
 
+    def beside(self, whole: list[jax.Array]) -> "Placement":
+        """The same with more leaves, which lie whole on every device."""
+        shards = tuple(Shard(((),) * jnp.ndim(x), ((),) * jnp.ndim(x)) for x in whole)
+        return Placement(
+            self.mesh, self.params + shards, self.grads + shards, self.specs + (None,) * len(shards)
+        )
+
+    def of_gradients(self, chosen: list[bool]) -> "Placement":
+        """The same with only some of the gradients."""
+        grads, specs = (tuple(itertools.compress(xs, chosen)) for xs in (self.grads, self.specs))
+        return self._replace(grads=grads, specs=specs)
+
 
 def check_specs(specs: Any, name: str) -> Any:
     """A pytree of PartitionSpecs; raises for what is none."""
@@ -123,26 +136,33 @@ def check_gather_dtype(gather_dtype: Any) -> None:
         raise TypeError(f"expected gather_dtype to be a floating dtype or None; got {gather_dtype!r}.")
 
 
-def place(mesh: Any, axes: Names, diff: PyTree, param_specs: Any, grad_specs: Any) -> Placement:
-    """The layouts as given, else as concrete arrays and the types of Explicit meshes show.
+class Leaf(NamedTuple):
+    """An array, and how it and its gradient are said to lie; None where nothing is said."""
 
-    Args:
-      mesh: has these axes.
-      axes: the data axes.
-      diff: what is differentiated.
-      param_specs: PartitionSpecs, a prefix of `diff`; None for what shows.
-      grad_specs: the same for its gradients; None for `param_specs`.
+    path: tuple[Any, ...]
+    value: jax.Array
+    spec: PartitionSpec | None
+    grad_spec: PartitionSpec | None
+
+
+def leaves_of(tree: PyTree, param_specs: Any, grad_specs: Any) -> list[Leaf]:
+    """The leaves of a tree, with the PartitionSpecs of two prefixes of it."""
+    specs = _broadcast(param_specs, tree, "param_specs"), _broadcast(grad_specs, tree, "grad_specs")
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [Leaf(*leaf, *own) for leaf, *own in zip(leaves, *specs, strict=True)]
+
+
+def place(mesh: Any, axes: Names, leaves: list[Leaf]) -> Placement:
+    """The layouts as given, else as concrete arrays and the types of Explicit meshes show.
 
     Raises:
       ValueError: for a spec that does not fit its array, the mesh, or what shows.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(diff)
-    names = [f"argument{jax.tree_util.keystr(path)}" for path, _ in leaves]
-    given = _broadcast(param_specs, diff, "param_specs") or [None] * len(leaves)
-    wanted = _broadcast(grad_specs, diff, "grad_specs") or [None] * len(leaves)
     params, grads = [], []
-    for name, (_, x), spec, grad_spec in zip(names, leaves, given, wanted, strict=True):
-        entries = _shown(x, mesh)[0]
+    for path, x, spec, grad_spec in leaves:
+        name = f"argument{jax.tree_util.keystr(path)}"
+        # JAX gathers integers, and keys, at the border.
+        entries = _shown(x, mesh)[0] if jnp.issubdtype(x.dtype, jnp.inexact) else ((),) * x.ndim
         if spec is not None:
             entries = _agreed(_entries(spec, x, mesh, f"param_specs at {name}"), x, mesh, axes, name)
         params.append(entries)
@@ -195,16 +215,22 @@ def settle(grads: list[jax.Array], placement: Placement) -> list[jax.Array]:
     ]
 
 
-def _broadcast(specs: Any, tree: PyTree, name: str) -> list[PartitionSpec | None] | None:
-    """One spec for each leaf."""
-    if specs is None:
-        return None
+def _broadcast(specs: Any, tree: PyTree, name: str) -> list[PartitionSpec | None]:
+    """One spec for each leaf; None where the prefix has None."""
+
+    def is_leaf(x):
+        return x is None or _is_spec(x)
+
+    found = []
     try:
-        return jax.tree.leaves(jax.tree.broadcast(specs, tree, is_leaf=_is_spec), is_leaf=_is_spec)
+        jax.tree.map(
+            lambda x, own: found.extend([x] * len(jax.tree.leaves(own))), specs, tree, is_leaf=is_leaf
+        )
     except ValueError as error:
         raise ValueError(
             f"expected {name} to be a prefix of what is differentiated; got another structure. {error}"
         ) from error
+    return found
 
 
 def _is_spec(x: Any) -> bool:

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from optaccum._dtypes import AccumulatorDType
 from optaccum._scanning.data_axes import compile_call
 from optaccum._scanning.options import make_options
-from optaccum._scanning.sharded import place
+from optaccum._scanning.sharded import leaves_of, place
 from optaccum._scanning.whole_batch import whole_batch
 
 
@@ -121,9 +121,9 @@ def value_and_grad(
     options = make_options(locals())
     fn = functools.partial(whole_batch, loss_fn, options)
 
-    def where(mesh, call):
+    def where(mesh, _, call):
         diff = call.diff[0] if options.one_argnum else call.diff
-        return place(mesh, options.data_axes, diff, param_specs, grad_specs)
+        return place(mesh, options.data_axes, leaves_of(diff, param_specs, grad_specs))
 
     compiled = compile_call(fn, options.roles, options.data_axes, presplit, where)
 

@@ -28,7 +28,14 @@ from optaccum._scanning.loop import (
 from optaccum._scanning.micro_loss import as_it_came, stop_gradient, trace_loss
 from optaccum._scanning.options import Options
 from optaccum._scanning.sharded import Placement, gather, settle
-from optaccum._scanning.split import Group, batch_size_of, num_and_size_of, resolve_num_microbatches, split
+from optaccum._scanning.split import (
+    Group,
+    batch_size_of,
+    join,
+    num_and_size_of,
+    resolve_num_microbatches,
+    split,
+)
 from optaccum._varying import vary, varying_axes
 
 PyTree = Any
@@ -55,8 +62,10 @@ def whole_batch(
     loss_fn: Callable[..., Any], options: Options, layout: Layout, placement: Placement | None, call: Call
 ) -> tuple[jax.Array, PyTree, PyTree, Info]:
     """(value, aux, gradients, info) of the whole batch, from one device's loop or from all devices'."""
-    sums_of = _sums_of(options, call.diff[0] if options.one_argnum else call.diff, placement)
-    structure = jax.tree.structure(call.diff)
+    leaves, structure = jax.tree.flatten_with_path(call.diff)
+    sums_of = make_sums_of(options, [(path[options.one_argnum :], x) for path, x in leaves], placement)
+    if not sums_of:
+        raise ValueError("expected at least one array to differentiate; got none. Check argnums.")
 
     def one_device(groups, call):
         if placement is not None:
@@ -64,22 +73,21 @@ def whole_batch(
             call = call._replace(diff=gather(call.diff, placement, dtypes))
         return _one_device(loss_fn, options, layout, sums_of, groups, call)
 
-    mesh = None if placement is None else placement.mesh
-    (value, aux, grads, info), rows = divide_batch(one_device, options, mesh, call, placement)
-    grads = structure.unflatten(grads if placement is None else settle(grads, placement))
+    (value, aux, grads, info), (rows, _) = divide_batch(one_device, options, placement, call)
+    grads = structure.unflatten(grads)
     return value, reductions.merge_aux(aux, rows), grads[0] if options.one_argnum else grads, info
 
 
 def divide_batch(
-    one_device: Callable[[list[Group], Call], tuple[PyTree, PyTree]],
+    one_device: Callable[[list[Group], Call], tuple[Any, PyTree]],
     options: Options,
-    mesh: Any,
+    placement: Placement | None,
     call: Call,
-    placement: Placement | None = None,
-) -> tuple[PyTree, PyTree]:
-    """`one_device(micro-batches, call) -> (replicated, rows)`, on each device's own rows where there is a mesh.
+) -> tuple[Any, PyTree]:
+    """`one_device(micro-batches, call)`, on each device's own rows where there is a placement.
 
-    With a placement what is differentiated comes, and (value, aux, flat gradients, info) leave, as it says.
+    It returns (value, aux, flat gradients, info), and what leads with rows. With a placement what is differentiated
+    comes, and gradients leave, as that says.
     """
     n = None  # the micro-batches are the caller's
     if options.presplit:
@@ -91,19 +99,23 @@ def divide_batch(
     def with_groups(batch, others):
         return one_device([Group(batch, axis=0)] if n is None else split(batch, n), others)
 
-    if mesh is not None:
-        whole = PartitionSpec()
-        in_specs: dict[str, Any] = dict.fromkeys(Call._fields, whole)
-        out_specs: Any = whole
-        if placement is not None:
-            params, grads = (
-                [shard.spec for shard in shards] for shards in (placement.params, placement.grads)
-            )
-            in_specs["diff"] = jax.tree.structure(call.diff).unflatten(params)
-            out_specs = (whole, whole, grads, whole)
-        axes, batch_axis = options.data_axes, int(options.presplit)
-        with_groups = over_devices(with_groups, mesh, axes, batch_axis, Call(**in_specs), out_specs)
-    return with_groups(call.batch, call._replace(batch=()))
+    others = call._replace(batch=())
+    if placement is None:
+        return with_groups(call.batch, others)
+    params, grads = ([shard.spec for shard in shards] for shards in (placement.params, placement.grads))
+    whole = PartitionSpec()
+    in_specs: Any = dict.fromkeys(Call._fields, whole)
+    in_specs["diff"] = jax.tree.structure(call.diff).unflatten(params)
+    mapped = over_devices(
+        with_groups,
+        placement.mesh,
+        options.data_axes,
+        batch_axis=int(options.presplit),
+        in_specs=Call(**in_specs),
+        out_specs=(whole, whole, grads, whole),
+    )
+    (value, aux, grads, info), rows = mapped(call.batch, others)
+    return (value, aux, settle(grads, placement), info), rows
 
 
 def _one_device(
@@ -114,38 +126,67 @@ def _one_device(
     groups: list[Group],
     call: Call,
 ) -> tuple[tuple[jax.Array, PyTree, list[jax.Array], Info], PyTree]:
-    """The results from one device's rows, gradients flat; the aux that leads with rows comes separately."""
+    """`run_window` with one device's rows."""
     leaves, structure = jax.tree.flatten(call.diff)
-    # In someone's own `shard_map`: differentiated as what differs between devices, the sums stay on each device
-    # until they have been divided by its weights, and cross devices once.
-    axes = frozenset().union(*map(varying_axes, jax.tree.leaves((groups, call))))
-    diff = vary(leaves, axes)
+    diff = differ(leaves, groups, call)
 
     def with_diff(diff):
         return call._replace(diff=jax.tree.unflatten(structure, diff))
 
     call_loss, losses, consts = trace_loss(loss_fn, options, layout, groups, with_diff, diff)
-    limit = None if layout.roles.limit is None else jnp.clip(call.limit, 0, groups[0].count)
-    operands = Operands(diff, groups, call.key, call.carry, consts, limit, cotangents=None)
     loop = Loop(losses, sums_of, options.skip_nonfinite, options.track_noise_scale, options.unroll)
-    in_place = choose_form(options.in_place, loop, operands)
+    operands = Operands(diff, groups, call.key, call.carry, consts, call.limit, cotangents=None)
+    return run_window(options, loop, operands, leaves, call_loss)
+
+
+def differ(diff: list[jax.Array], groups: list[Group], call: Call) -> list[jax.Array]:
+    """In someone's own `shard_map`: what is differentiated, as what differs between devices.
+
+    So the sums stay on each device until they have been divided by its weights, and cross devices once.
+    """
+    return vary(diff, frozenset().union(*map(varying_axes, jax.tree.leaves((groups, call)))))
+
+
+def run_window(
+    options: Options,
+    loop: Loop,
+    operands: Operands,
+    likes: list[jax.Array],
+    call_loss: Callable[..., Any] | None = None,
+) -> tuple[tuple[jax.Array, PyTree, list[jax.Array], Info], tuple[PyTree, list[jax.Array]]]:
+    """The results of all micro-batches, on all devices; what leads with rows comes apart: aux, and their gradients.
+
+    `likes`: what is differentiated, before `differ`. `call_loss`: the loss as it was before it was traced, if its
+    closure may stay.
+    """
+    losses, groups = loop.losses, operands.groups
+    limit = None if options.roles.limit is None else jnp.clip(operands.limit, 0, groups[0].count)
+    operands = operands._replace(limit=limit)
+    in_place = bool(operands.diff) and choose_form(options.in_place, loop, operands)
     if len(losses[0].structs[0]) > 1:
-        operands = operands._replace(cotangents=cotangents_of(options, loop, operands))
-
+        operands = operands._replace(cotangents=_cotangents(options, loop, operands))
     sums, outputs = run_loop(loop, call_loss, operands, in_place)
-    if options.data_axes:
-        sums = across(sums, sums_of, options)
-    value, grads, info = finish(sums, options, sums_of, in_place, max(group.size for group in groups))
-    grads = jax.tree.map(_unvary, grads, leaves, [sum_of.is_max for sum_of in sums_of])
-    sums = sums._replace(carry=as_it_came(losses, call.carry, sums.carry))
-    aux, rows = finish_aux(sums, outputs, options)
-    return (value, aux, grads, info), rows
+    sums = _across(sums, loop.sums_of, options) if options.data_axes else sums
+    parts = zip(*(output.row_grads for output in outputs), strict=True)
+    row_grads = [stacks[0].swapaxes(0, 1) if options.presplit else join(stacks) for stacks in parts]
+    sums = sums._replace(
+        grads=[*sums.grads, *row_grads], carry=as_it_came(losses, operands.carry, sums.carry)
+    )
+    sums_of = [*loop.sums_of, *(SumOf(x.dtype) for x in row_grads)]
+    value, grads, info = _finish(sums, options, sums_of, in_place, max(group.size for group in groups))
+    aux, rows = _finish_aux(sums, outputs, options)
+    num = len(loop.sums_of)
+    own = [_unvary(*leaf) for leaf in zip(grads[:num], likes, loop.sums_of, strict=True)]
+    return (value, aux, own, info), (rows, grads[num:])
 
 
-def _sums_of(options: Options, tree: PyTree, placement: Placement | None) -> list[SumOf]:
-    """How each leaf's gradients are kept."""
+def make_sums_of(
+    options: Options, leaves: list[tuple[Any, jax.Array]], placement: Placement | None
+) -> list[SumOf]:
+    """How the gradients of each leaf, given with its key path, are kept."""
     sums_of = []
-    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
+    shards = [None] * len(leaves) if placement is None else placement.grads
+    for (path, leaf), shard in zip(leaves, shards, strict=True):
         name = jax.tree_util.keystr(path)
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise TypeError(
@@ -159,15 +200,12 @@ def _sums_of(options: Options, tree: PyTree, placement: Placement | None) -> lis
             )
         is_max = reduction == "max"
         dtype = leaf.dtype if is_max else accumulator_dtype_of(options.accumulator_dtype, path, leaf)
-        shard = placement.grads[i] if placement is not None and placement.grads[i].axes else None
-        in_parts = options.shard_sums and shard is not None and not is_max
-        sums_of.append(SumOf(dtype, is_max, shard, in_parts))
-    if not sums_of:
-        raise ValueError("expected at least one array to differentiate; got none. Check argnums.")
+        shard = shard if shard is not None and shard.axes else None
+        sums_of.append(SumOf(dtype, is_max, shard, options.shard_sums and shard is not None and not is_max))
     return sums_of
 
 
-def cotangents_of(options: Options, loop: Loop, operands: Operands) -> dict[str, jax.Array]:
+def _cotangents(options: Options, loop: Loop, operands: Operands) -> dict[str, jax.Array]:
     """What each term's total is differentiated with: one over its weight in the whole batch."""
     if options.skip_nonfinite:
         raise ValueError(
@@ -182,7 +220,7 @@ def cotangents_of(options: Options, loop: Loop, operands: Operands) -> dict[str,
     return {name: ratio(jnp.ones([], terms[name].total.dtype), weight) for name, weight in weights.items()}
 
 
-def across(sums: Sums, sums_of: list[SumOf], options: Options) -> Sums:
+def _across(sums: Sums, sums_of: list[SumOf], options: Options) -> Sums:
     """The sums of all devices; the gradients cross here, and nowhere else."""
     axes = options.data_axes
     summed = [None if s.is_max or s.shard else g for g, s in zip(sums.grads, sums_of, strict=True)]
@@ -217,7 +255,7 @@ def _across_by_itself(own: jax.Array, sum_of: SumOf, axes: tuple[str, ...]) -> j
     return psum(own, others) if others else own
 
 
-def finish(
+def _finish(
     sums: Sums, options: Options, sums_of: list[SumOf], in_place: bool, num_rows: int
 ) -> tuple[jax.Array, list[jax.Array], Info]:
     """Divides the sums by their weights: value, flat gradients, info."""
@@ -262,7 +300,7 @@ def finish(
     return value, grads, Info(info_weight, sums.num_skipped, noise)
 
 
-def finish_aux(sums: Sums, outputs: list[Outputs], options: Options) -> tuple[PyTree, PyTree]:
+def _finish_aux(sums: Sums, outputs: list[Outputs], options: Options) -> tuple[PyTree, PyTree]:
     """The aux of the whole batch, and what of it leads with rows, each with the carry if there is one."""
     stacks, kept, _ = zip(*outputs, strict=True)
     kept = None if kept[0] is None else jnp.concatenate(kept)
@@ -270,9 +308,9 @@ def finish_aux(sums: Sums, outputs: list[Outputs], options: Options) -> tuple[Py
     return (aux, rows) if options.roles.carry is None else ((sums.carry, aux), (None, rows))
 
 
-def _unvary(grad: jax.Array, like: jax.Array, is_max: bool) -> jax.Array:
+def _unvary(grad: jax.Array, like: jax.Array, sum_of: SumOf) -> jax.Array:
     """A gradient over the mesh axes that what is differentiated does not vary over."""
     axes = tuple(varying_axes(grad) - varying_axes(like))
     if not axes:
         return grad
-    return pmax(grad, axes) if is_max else psum(grad, axes)
+    return pmax(grad, axes) if sum_of.is_max else psum(grad, axes)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
 from optaccum._dtypes import AccumulatorDType
@@ -100,7 +101,13 @@ def microbatched(
     options = make_options(locals() | _NOT_TAKEN)
 
     def where(mesh, layout, call):
-        return place(mesh, options.data_axes, _leaves(options, layout, call)[0])
+        placement = place(mesh, options.data_axes, _leaves(options, layout, call)[0])
+        if placement.params != placement.grads and AxisType.Explicit in mesh.axis_types:
+            raise ValueError(
+                "expected no grad_specs on a mesh with Explicit axes, where JAX gives a gradient the sharding of its "
+                "argument; got some that differ. Use optaccum.value_and_grad, or an Auto mesh."
+            )
+        return placement
 
     fn = functools.partial(_whole_batch, loss_fn, options)
     compiled = compile_call(fn, options.roles, options.data_axes, presplit, where)
@@ -149,11 +156,13 @@ def _whole_batch(
 ) -> tuple[jax.Array, PyTree]:
     """The value and aux; where somebody differentiates them, the gradients are made in the forward pass."""
     leaves, dtypes = _leaves(options, layout, call)
-    call = call._replace(diff=[leaf.value for leaf in leaves], rest=[])
+    # JAX adds up what differs between devices, in someone's own `shard_map`, where it becomes so: once, here.
+    call = call._replace(diff=differ([leaf.value for leaf in leaves], call), rest=[])
     traced, consts = _look(loss_fn, options, layout, placement, dtypes, call)
     # What the loss closes over may be differentiated too, and is the same for micro-batches of each size.
     closed = list({id(x): x for own in consts for x in own}.values())
     where = [[next(i for i, y in enumerate(closed) if y is x) for x in own] for own in consts]
+    closed = differ(closed, call)
     losses = [_of_shared(loss, at, len(leaves)) for loss, at in zip(traced, where, strict=True)]
     paths = [leaf.path[2:] for leaf in leaves] + [()] * len(closed)  # in the argument; of a closure none
     dtypes = dtypes + [None] * len(closed)
@@ -170,12 +179,12 @@ def _whole_batch(
         sums_of = make_sums_of(options, some(zip(paths, call.diff, strict=True)), own)
 
         def one_device(groups, call):
-            shared = differ(call.diff if own is None else gather(call.diff, own, dtypes), groups, call)
+            shared = call.diff if own is None else gather(call.diff, own, dtypes)
             fixed = [None if is_chosen else x for x, is_chosen in zip(shared, chosen, strict=True)]
             loop = Loop(losses, sums_of, False, False, options.unroll, of_rows)
             consts = [fixed] * len(groups)
             operands = Operands(some(shared), groups, call.key, call.carry, consts, call.limit, None)
-            return run_window(options, loop, operands, some(call.diff))
+            return run_window(options, loop, operands, operands.diff)
 
         (value, aux, grads, _), (rows, row_grads) = divide_batch(one_device, options, own, call)
         if options.presplit:
@@ -222,7 +231,6 @@ def _look(
 
     def one_device(groups, call):
         diff = call.diff if placement is None else gather(call.diff, placement, dtypes)
-        diff = differ(diff, groups, call)
         found[:] = trace_loss(
             loss_fn, options, layout, groups, lambda diff: call._replace(diff=(), rest=diff), diff
         )

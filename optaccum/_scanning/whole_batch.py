@@ -128,7 +128,7 @@ def _one_device(
 ) -> tuple[tuple[jax.Array, PyTree, list[jax.Array], Info], PyTree]:
     """`run_window` with one device's rows."""
     leaves, structure = jax.tree.flatten(call.diff)
-    diff = differ(leaves, groups, call)
+    diff = differ(leaves, (groups, call))
 
     def with_diff(diff):
         return call._replace(diff=jax.tree.unflatten(structure, diff))
@@ -139,12 +139,12 @@ def _one_device(
     return run_window(options, loop, operands, leaves, call_loss)
 
 
-def differ(diff: list[jax.Array], groups: list[Group], call: Call) -> list[jax.Array]:
+def differ(diff: list[jax.Array], others: PyTree) -> list[jax.Array]:
     """In someone's own `shard_map`: what is differentiated, as what differs between devices.
 
     So the sums stay on each device until they have been divided by its weights, and cross devices once.
     """
-    return vary(diff, frozenset().union(*map(varying_axes, jax.tree.leaves((groups, call)))))
+    return vary(diff, frozenset().union(*map(varying_axes, jax.tree.leaves(others))))
 
 
 def run_window(

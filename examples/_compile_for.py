@@ -13,6 +13,14 @@ import optaccum
 PyTree = Any
 
 
+class Setting(NamedTuple):
+    """A way to shard, in the fewest micro-batches that fit."""
+
+    num_microbatches: int
+    num_bytes: int  # that each device needs
+    wire_bytes: int  # that each device sends in a call that updates, at most
+
+
 class CompiledFor(NamedTuple):
     """A step as compiled for a target."""
 
@@ -102,3 +110,47 @@ def report(
         crossing = [f"{names[n]} {n} ({sizes[n] / 2**20:,.1f} MiB)" for n in names]
         print(f"  crosses {where}: {', '.join(crossing) or 'nothing'}")
     return CompiledFor(len(target.devices), kept + new + temp, account.alias_size_in_bytes, counts, plan)
+
+
+def compare(
+    steps: dict[str, Callable[[int], Any]],
+    step_args: tuple[Any, ...],
+    mesh: Mesh,
+    num_layers: int,
+    rows_per_device: int,
+    memory: float,
+) -> dict[str, Setting]:
+    """Compile every way to shard, print them as a table; returns those that fit.
+
+    Args:
+      steps: by the way's name, from the number of micro-batches to a jitted step.
+      step_args: their arguments, shapes with shardings.
+      mesh: whose "data" axis the parameters are sharded over.
+      num_layers: that the model scans over.
+      rows_per_device: what each device splits into micro-batches.
+      memory: bytes on each device.
+    """
+    found = {}
+    print("--fsdp   micro-batches   MiB needed   MiB on the wire")
+    for name, make_step in steps.items():
+        try:
+            plan = optaccum.plan_microbatches(
+                make_step, step_args, batch_size=rows_per_device, memory_limit=memory
+            )
+        except ValueError as error:
+            print(f"{name:9}{error}")
+            continue
+        number = plan.num_microbatches
+        counts = optaccum.count_collectives(make_step(number).lower(*step_args).compile())
+        # What is in loops is in the one over layers, within the one over micro-batches; little is outside the first.
+        sent = _wire_bytes(counts.bytes_outside, mesh.shape["data"])
+        sent += number * num_layers * _wire_bytes(counts.bytes_in_loops, mesh.shape["data"])
+        found[name] = setting = Setting(number, int(dict(plan.probes)[number]), sent)
+        print(f"{name:9}{number:13}{setting.num_bytes / 2**20:13,.1f}{sent / 2**20:18,.1f}")
+    return found
+
+
+def _wire_bytes(num_bytes: dict[str, int], num_devices: int) -> int:
+    """What each device sends for collectives whose results on it are of so many bytes."""
+    factors = {"all-reduce": 2, "reduce-scatter": num_devices - 1}
+    return sum(factors.get(name, 1) * size for name, size in num_bytes.items())

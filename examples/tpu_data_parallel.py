@@ -6,7 +6,7 @@ library; --data takes any text.
   mesh          axes "data" (rows of the batch) and "model" (heads and hidden units, --model-devices)
   window        --calls-per-update calls, each a batch of Grain's in --microbatches: a window of windows
   reduction     gradients cross the data axis once per call, after its loop (data_axes="data"); with --fsdp
-                parameters are gathered once per call, and gradients reduce-scattered
+                parameters are gathered once per call, and gradients reduce-scattered (or in two other ways)
   checkpoints   Orbax, each host its own shards, also in the middle of a window; start again to go on
   pre-emption   SIGTERM to any host: all stop at the same call, with a checkpoint
 
@@ -14,6 +14,7 @@ library; --data takes any text.
   a TPU pod        the same on every host, with --distributed
   a laptop         python examples/tpu_data_parallel.py --simulate-devices 8 --model-devices 2
   before any       python examples/tpu_data_parallel.py --compile-for v5e:16x16 --batch-size 1024 --memory
+  which sharding?  the same with --fsdp
 
 docs/running.md says more. Process 0 prints, and draws figures/tpu_data_parallel.png.
 """
@@ -45,6 +46,7 @@ from matplotlib.figure import Figure
 import optaccum
 
 PyTree = Any
+FSDP = ("window", "sums", "layers")
 
 
 class Result(NamedTuple):
@@ -84,7 +86,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument("--length", type=count, default=128, help=f"bytes in a row {default}")
     model.add_argument("--bfloat16", action="store_true", help="compute in it; sums stay float32")
     model.add_argument("--model-devices", type=count, default=1, help=f"that share a layer {default}")
-    model.add_argument("--fsdp", action="store_true", help="shard parameters over the data axis too")
+    model.add_argument(
+        "--fsdp",
+        nargs="?",
+        const="window",
+        choices=FSDP,
+        help="shard parameters over the data axis too: gathered once per call (window, the default), with sharded "
+        "sums besides (sums), or in each layer of each micro-batch (layers); with --memory: all three, as a table",
+    )
     _hosts.add_arguments(parser)
     _compile_for.add_arguments(parser)
     args = parser.parse_args(argv)
@@ -144,13 +153,13 @@ def specs_of(args: argparse.Namespace) -> PyTree:
 def make_step(args: argparse.Namespace, tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
     """One call: a batch's gradient, crossing hosts once, enters the window."""
     dtype = jnp.bfloat16 if args.bfloat16 else jnp.float32
+    once = {"data_axes": "data", "param_specs": specs_of(args), "gather_dtype": dtype}
+    once["shard_sums"] = args.fsdp == "sums"
     grad_fn = optaccum.value_and_grad(
         functools.partial(transformer.loss_fn, dtype=dtype),
         num_microbatches=args.microbatches,
-        data_axes="data",
-        param_specs=specs_of(args),
-        gather_dtype=dtype,
         return_info=True,
+        **({} if args.fsdp == "layers" else once),
     )
 
     def step(params, opt_state, rows, stop):
@@ -195,8 +204,8 @@ def jit_step(step: Callable[..., Any], state: PyTree, mesh: Mesh) -> Any:
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*kept, NamedSharding(mesh, P())))
 
 
-def compile_for(args: argparse.Namespace) -> _compile_for.CompiledFor:
-    """What one call needs on devices that are not here."""
+def compile_for(args: argparse.Namespace) -> _compile_for.CompiledFor | dict[str, _compile_for.Setting]:
+    """What one call needs on devices that are not here; with --fsdp and --memory, in each way to shard."""
     target = _targets.find(args.compile_for)
     mesh, tx = _compile_for.make_mesh(target, args.model_devices, args.batch_size), make_optimizer(args)
     state = jax.eval_shape(make_init(args, tx, mesh), jax.random.key(args.seed))
@@ -204,12 +213,16 @@ def compile_for(args: argparse.Namespace) -> _compile_for.CompiledFor:
     rows = jax.ShapeDtypeStruct((args.batch_size, args.length + 1), np.uint8, sharding=by_row)
     stop = jax.ShapeDtypeStruct((args.batch_size,), np.bool_, sharding=by_row)
 
-    def make_jitted(num_microbatches):
-        varied = argparse.Namespace(**vars(args) | {"microbatches": num_microbatches})
+    def make_jitted(num_microbatches, fsdp=args.fsdp):
+        varied = argparse.Namespace(**vars(args) | {"microbatches": num_microbatches, "fsdp": fsdp})
         return jit_step(make_step(varied, tx), state, mesh)
 
     rows_per_device = args.batch_size // mesh.shape["data"]
     step_args = state["params"], state["opt_state"], rows, stop
+    if args.fsdp and args.memory is not None:
+        steps = {name: functools.partial(make_jitted, fsdp=name) for name in FSDP}
+        memory = args.memory * _targets.GIB or target.memory
+        return _compile_for.compare(steps, step_args, mesh, args.layers, rows_per_device, memory)
     return _compile_for.report(
         target, make_jitted, step_args, args.microbatches, rows_per_device, args.memory
     )

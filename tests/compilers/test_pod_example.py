@@ -30,3 +30,14 @@ def test_finds_the_fewest_micro_batches_that_fit(capsys):
     assert split.num_bytes < gib * 2**30 < whole.num_bytes
     assert "<- the fewest that fit" in capsys.readouterr().out
     assert not split.collectives.in_loops
+
+
+def test_plans_each_way_to_shard(capsys):
+    smaller = ["--width", "128", "--length", "64", "--batch-size", "8"]
+    arguments = [*SMALL, *smaller, "--fsdp", "--compile-for", "h100:1x1x8", "--memory"]
+    found = tpu_data_parallel.main(arguments)
+    assert set(found) == {"window", "sums", "layers"}
+    assert found["window"].wire_bytes <= found["sums"].wire_bytes < found["layers"].wire_bytes
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["--fsdp", "micro-batches"]
+    assert [line.split()[0] for line in lines[1:]] == list(found)

@@ -1,5 +1,7 @@
 """Parameters sharded over eight devices: what crosses, and what it holds, as the accelerators' compilers have it."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,14 +20,15 @@ SPECS = {"up": P(None, "data", None), "down": P(None, None, "data")}
 TENSOR_SPECS = {"up": P(None, "data", "model"), "down": P(None, "model", "data")}
 
 
-def compile_for(target, grad_fn, specs=SPECS, shape=(8,), axis_type=AxisType.Auto):
+def compile_for(target, grad_fn, specs=SPECS, shape=(8,), axis_type=AxisType.Auto, rows=("data",)):
     names = ("data", "model")[: len(shape)]
     mesh = Mesh(np.array(find(target).devices).reshape(shape), names, axis_types=(axis_type,) * len(shape))
 
     def placed(x, spec):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    args = jax.tree.map(placed, SCANNED, specs), placed(batch(SCANNED, 8 * shape[0]), P("data"))
+    num_shards = math.prod(mesh.shape[name] for name in rows)
+    args = jax.tree.map(placed, SCANNED, specs), placed(batch(SCANNED, 8 * num_shards), P(rows))
     with jax.set_mesh(mesh):
         compiled = jax.jit(grad_fn).lower(*args).compile()
     counts, temp = optaccum.count_collectives(compiled), temp_copies(compiled, SCANNED)
@@ -101,10 +104,12 @@ def test_layer_by_layer(target, most):
     assert temp < most
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_replicas_over_one_axis_and_sharded_over_another(target):
+@pytest.mark.parametrize(("target", "most"), [("v5e:2x4", 0.1), ("h100:1x1x8", 0.35)])
+def test_replicas_over_one_axis_and_sharded_over_another(target, most):
+    """Rows over both: layer by layer within a replica, one all-reduce of each device's part between the replicas."""
     specs = {"up": P(None, "model", None), "down": P(None, None, "model")}
-    counts, temp = compile_for(target, grad_fn(), specs, (2, 4))
+    counts, temp = compile_for(target, grad_fn(), specs, (2, 4), rows=("data", "model"))
+    assert counts.in_loops["all-gather"]
     assert set(counts.outside) == {"all-reduce"}
     assert counts.bytes_outside["all-reduce"] <= num_bytes(SCANNED) / 4 * 1.01
-    assert temp < 0.3
+    assert temp < most

@@ -10,12 +10,17 @@ import sys
 import time
 from typing import Any, NamedTuple
 
+import _compile_for
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tpu_data_parallel
 from conftest import assert_trees_equal
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import optaccum
 
 EXAMPLES = pathlib.Path(tpu_data_parallel.__file__).parent
 SECONDS = 240  # for all processes of a test together; none is waited for longer, however busy the machine
@@ -209,10 +214,42 @@ def test_fsdp_goes_on_in_the_middle_of_a_window_in_another_layout(run):
     assert "all-gather" not in sharded.collectives.in_loops
     assert sharded.collectives.outside["all-gather"] >= 1
     assert sharded.collectives.outside["reduce-scatter"] >= 1
-    resumed = run("run", *rows, "--fsdp")  # over eight devices, where it was over four times two
+    resumed = run("run", *rows, "--fsdp", "layers")  # over eight devices, where it was over four times two
+    assert resumed.collectives.in_loops  # as JAX places them
     assert (resumed.first_call, resumed.calls, resumed.updates) == (4, 12, 4)
     np.testing.assert_allclose(resumed.losses, whole.losses, rtol=1e-4)
     assert abs(whole.losses[-1] / whole.losses[0] - 1) > 1e-2
+
+
+def test_ways_to_shard_are_compared_in_the_memory_that_there_is(fast_compilation, capsys):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spec, num_layers = P(None, "data"), 3
+
+    def placed(shape, spec):
+        return jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, spec))
+
+    def loss_fn(weights, rows):
+        return jnp.mean(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), rows, weights)[0] ** 2)
+
+    def steps(**options):
+        return lambda n: jax.jit(optaccum.value_and_grad(loss_fn, num_microbatches=n, **options))
+
+    once = {"data_axes": "data", "param_specs": spec}
+    ways = {"window": steps(**once), "sums": steps(**once, shard_sums=True), "layers": steps()}
+    args = placed((num_layers, 64, 64), spec), placed((8 * 4, 16, 64), P("data"))
+    roomy = _compile_for.compare(ways, args, mesh, num_layers, 4, 2**30)
+    assert {name: way.num_microbatches for name, way in roomy.items()} == dict.fromkeys(ways, 1)
+    # Weights are gathered, their gradients scattered in eighths, the loss's total and weight all-reduced.
+    size = 4 * num_layers * 64**2
+    assert roomy["window"].wire_bytes == size + 7 * size // 8 + 2 * (4 + 4)
+    assert "window" in capsys.readouterr().out
+
+    tight = _compile_for.compare(ways, args, mesh, num_layers, 4, roomy["window"].num_bytes - 1)
+    assert tight["window"].num_microbatches > 1
+    assert tight["window"].wire_bytes == roomy["window"].wire_bytes
+    assert tight["layers"].wire_bytes == tight["layers"].num_microbatches * roomy["layers"].wire_bytes
+    assert _compile_for.compare(ways, args, mesh, num_layers, 4, 2**10) == {}
+    assert capsys.readouterr().out.count("to fit into 1,024 bytes") == 3
 
 
 # Where one array cannot be read, Orbax closes its event loop and leaves the coroutines of the others behind. They

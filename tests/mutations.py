@@ -198,8 +198,8 @@ MUTATIONS = [
     ),
     Mutation(
         "scanning: a dropped micro-batch is counted and kept",
-        "lambda n, old: jnp.where(kept, n, old), new, sums)",
-        "lambda n, old: n, new, sums)",
+        "lambda new, old: jnp.where(kept, new, old), new, dropped)",
+        "lambda new, old: new, new, dropped)",
         "scanning/test_data_axes_options.py -k drop",
     ),
     Mutation(

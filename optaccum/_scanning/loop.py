@@ -154,8 +154,7 @@ def _run(loop: Loop, operands: Operands, *, in_place: bool, is_plain: bool) -> t
         values, vjp, (terms, carry, aux) = jax.vjp(forward, xs, has_aux=True)
         # weigh
         grads = backward(vjp, _cotangents(operands, values), xs)
-        kept = None if operands.limit is None else jnp.bool_(True)
-        kept = _all_finite((terms, grads), _axes(sums.terms)) if loop.skip_nonfinite else kept
+        kept = _all_finite((terms, grads), _axes(sums.terms)) if loop.skip_nonfinite else None
         # add
         summed, stacked = reductions.divide_aux(aux)
         new = sums._replace(
@@ -168,13 +167,11 @@ def _run(loop: Loop, operands: Operands, *, in_place: bool, is_plain: bool) -> t
         if loop.track_noise_scale:
             new = _add_noise(new, grads, terms, group.size, maxima)
         # keep or drop
-        if kept is not None and loop.skip_nonfinite:
-            own = new.grads
-            new = jax.tree.map(lambda n, old: jnp.where(kept, n, old), new, sums)
-            new = new._replace(
-                grads=[x if s.in_parts else g for x, g, s in zip(own, new.grads, loop.sums_of, strict=True)],
-                num_skipped=jnp.where(kept, sums.num_skipped, sums.num_skipped + 1),
-            )
+        if kept is not None:
+            dropped = sums._replace(grads=new.grads, num_skipped=sums.num_skipped + 1)
+            new = jax.tree.map(lambda new, old: jnp.where(kept, new, old), new, dropped)
+        if operands.limit is not None and kept is None:
+            kept = jnp.bool_(True)  # zeros where nothing runs
         return new, Outputs(stacked, kept, grads[len(diff) :])
 
     sums, outputs = _each_micro_batch(loop, step, start, operands, is_plain=is_plain)
@@ -202,14 +199,12 @@ def _partition(
 def _add(total: Any, grad: Any, sum_of: SumOf, kept: jax.Array | None) -> Any:
     if total is None:  # in a reference
         return None
-    if sum_of.is_max:
-        return jnp.maximum(total, grad)
-    grad = grad.astype(total.dtype)
-    if sum_of.in_parts:
-        grad = grad if kept is None else jnp.where(kept, grad, 0)  # what one device drops, others may keep
+    if sum_of.in_parts:  # what one device drops, others may keep
+        grad = grad if kept is None else jnp.where(kept, grad, 0)
         # TPU's compiler would move the reduction out of the loop, and so sum what is whole.
-        grad = lax.optimization_barrier(sum_of.shard(grad))
-    return total + grad
+        return total + lax.optimization_barrier(sum_of.shard(grad.astype(total.dtype)))
+    new = jnp.maximum(total, grad) if sum_of.is_max else total + grad.astype(total.dtype)
+    return new if kept is None else jnp.where(kept, new, total)
 
 
 def _each_micro_batch(

@@ -170,9 +170,9 @@ def _run(loop: Loop, operands: Operands, *, in_place: bool, is_plain: bool) -> t
         if kept is not None:
             dropped = sums._replace(grads=new.grads, num_skipped=sums.num_skipped + 1)
             new = jax.tree.map(lambda new, old: jnp.where(kept, new, old), new, dropped)
-        if operands.limit is not None and kept is None:
-            kept = jnp.bool_(True)  # zeros where nothing runs
-        return new, Outputs(stacked, kept, grads[len(diff) :])
+        # With a limit, zeros where nothing runs.
+        counts = jnp.bool_(True) if kept is None and operands.limit is not None else kept
+        return new, Outputs(stacked, counts, grads[len(diff) :])
 
     sums, outputs = _each_micro_batch(loop, step, start, operands, is_plain=is_plain)
     return (sums if totals is None else sums._replace(grads=totals(sums.grads))), outputs

@@ -287,8 +287,9 @@ def _zeros(x: jax.Array, sum_of: SumOf) -> jax.Array:
     zeros, shard = jnp.zeros_like(x, sum_of.dtype), sum_of.shard
     if sum_of.in_parts:
         return zeros_of(jax.eval_shape(lambda x: shard(x), zeros))  # `jax.jit` of a tuple crashes
-    if shard is not None:
-        return zeros
+    if shard is not None:  # laid out when x has been gathered: XLA would do it first, and hold more at once
+        zero, _ = lax.optimization_barrier((jnp.zeros([], zeros.dtype), x))
+        return zeros + zero
     never = lax.optimization_barrier(jnp.bool_(False))
     return jnp.where(never, x.astype(sum_of.dtype), zeros)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optaccum._scanning.data_axes import in_float32, names_of, sharding_of
@@ -46,7 +47,8 @@ class Shard(NamedTuple):
             for dim, names in reversed([*enumerate(self.data)]):
                 if names:
                     x = lax.all_gather(x, names, axis=dim, tiled=not self.other[dim])
-            return x
+            # On GPUs a collective has its dimension outermost: laid out anew here, and not when the sums are there too.
+            return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
         gathered = self._over_others(collect, _spec(self.other), self._apart_spec())(x)
         return _reshape(gathered, shape, self.other)

@@ -2,12 +2,15 @@
 
 import jax
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from programs import CHIPS, aliased_share, host_transfers
 
+import optaccum
 from benchmarks.compiled import INNER, Program, streaming_programs, temp_copies
 from benchmarks.measure import num_bytes
 from benchmarks.streaming import MULTI, OURS, STANDARD
 from benchmarks.traffic import count_traffic
+from examples._targets import find
 
 
 @pytest.mark.parametrize("target", CHIPS)
@@ -54,3 +57,34 @@ def test_a_transfer_to_the_host_is_seen(target):
     sends = Program(lambda x: jax.device_put(x + 1, jax.memory.Space.Host), args)
     assert host_transfers(sends.compile(target))
     assert not host_transfers(Program(lambda x: x + 1, args).compile(target))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("target", ["v5e:2x4", "h100:1x1x8"])
+def test_with_sharded_parameters_nothing_crosses(target, axis_type):
+    """FSDP: sums and optimizer state lie as the parameters, and the emit gathers nothing."""
+    mesh = Mesh(find(target).devices, ("data",), axis_types=(axis_type,))
+    (program,) = streaming_programs(OURS, INNER["AdamW"]())
+    params = program.args[0]
+
+    def compile_with(specs):
+        def placed(x, spec):
+            return jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=NamedSharding(mesh, spec if x.ndim > 1 else P())
+            )
+
+        args = [
+            jax.tree.map(lambda x, spec=spec: placed(x, spec), arg)
+            for arg, spec in zip(program.args, specs, strict=True)
+        ]
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(program.fn, donate_argnums=program.donate).lower(*args).compile()
+        return optaccum.count_collectives(compiled), temp_copies(compiled, params)
+
+    counts, temp = compile_with([P("data"), P("data"), P("data")])
+    assert not counts.in_loops
+    assert not counts.outside
+    assert temp < 0.1  # of all parameters; less than a device's part of them
+    if axis_type == AxisType.Auto:  # Explicit types refuse a state that lies in another way
+        counts, _ = compile_with([P("data"), P(None, "data"), P(None, "data")])
+        assert counts.outside

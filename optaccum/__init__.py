@@ -23,7 +23,8 @@ from optaccum._scanning.reductions import (
 from optaccum._scanning.value_and_grad import grad as grad, value_and_grad as value_and_grad
 from optaccum._scanning.whole_batch import Info as Info
 from optaccum._streaming.accumulate import accumulate as accumulate
-from optaccum._streaming.apply_gradients import apply_gradients as apply_gradients, flush as flush
+from optaccum._streaming.apply_gradients import apply_gradients as apply_gradients
+from optaccum._streaming.flush import flush as flush
 from optaccum._streaming.from_multi_steps import from_multi_steps as from_multi_steps
 from optaccum._streaming.schedule import by_weight as by_weight, until_weight as until_weight
 from optaccum._streaming.state import (

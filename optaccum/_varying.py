@@ -1,9 +1,10 @@
-"""Inside `jax.shard_map`: along which mesh axes an array differs from device to device."""
+"""Where an array is: along which mesh axes of a `jax.shard_map` it differs; zeros that are where another is."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 
@@ -48,3 +49,13 @@ def zeros_of(structs: PyTree) -> PyTree:
         return jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding)
 
     return vary_like(jax.tree.map(zeros, structs), structs)
+
+
+def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
+    """An empty sum for `x`: sharded as it is, also where only the compiler knows how, in `jax.jit` on Auto axes."""
+    zeros = jnp.zeros_like(x, dtype)
+    is_known = not isinstance(x, jax.core.Tracer) or not jnp.issubdtype(x.dtype, jnp.inexact)
+    if is_known or jax.typeof(x).memory_space != jax.typeof(zeros).memory_space:
+        return zeros
+    never = lax.optimization_barrier(jnp.bool_(False))
+    return jnp.where(never, x.astype(dtype), zeros)

@@ -10,7 +10,7 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
 import optaccum
-from optaccum._streaming.state import states_in
+from optaccum._streaming.state import states_in, with_nested
 
 
 class TrainState(train_state.TrainState):
@@ -61,15 +61,15 @@ class TrainState(train_state.TrainState):
         Raises:
           TypeError, ValueError: as :func:`optaccum.apply_gradients`.
         """
-        given = {"weight": weight, "denominator": denominator, "emit": emit}
-        given = {name: value for name, value in given.items() if value is not None}
         overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
         params, opt_state = optaccum.apply_gradients(
             self.tx,
             grads["params"] if overwrites else grads,
             self.opt_state,
             self.params["params"] if overwrites else self.params,
-            **given,
+            weight=weight,
+            denominator=denominator,
+            emit=emit,
             **(extra_args or {}),
         )
         if overwrites:
@@ -83,8 +83,6 @@ class TrainState(train_state.TrainState):
         Of several accumulators in `opt_state` (`optax.partition`, windows of windows) the least; `step` where there is
         none.
         """
-        states = states_in(self.opt_state)
-        for state in states:  # it grows: windows of windows
-            states += states_in(state.inner_state)
+        states = with_nested(states_in(self.opt_state))
         steps = [state.gradient_step for state in states] or [jnp.asarray(self.step, jnp.int32)]
         return functools.reduce(jnp.minimum, steps)

@@ -29,8 +29,8 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     Mutation(
         "streaming: the weight is dropped",
-        "jnp.where(jnp.isfinite(given), given, jnp.nan), True, weight is not None",
-        "jnp.ones([], jnp.float32), True, weight is not None",
+        "return Count(jnp.where(jnp.isfinite(weight), weight, jnp.nan), scales)",
+        "return Count(jnp.ones([], jnp.float32), scales)",
         STREAMING,
     ),
     Mutation(
@@ -53,8 +53,8 @@ MUTATIONS = [
     ),
     Mutation(
         "streaming: masks by multiplication",
-        "return jnp.where(count.weight != 0, x, jnp.zeros_like(x)) if count.is_given else x",
-        "return x * (count.weight != 0).astype(x.dtype)",
+        "return x if weight is None else jnp.where(weight != 0, x, jnp.zeros_like(x))",
+        "return x if weight is None else x * (weight != 0).astype(x.dtype)",
         STREAMING,
     ),
     Mutation(
@@ -71,7 +71,7 @@ MUTATIONS = [
     ),
     Mutation(
         "streaming: emit does not end a window",
-        'full = (full | as_flag("emit", emit)) &',
+        'full = (full | as_flag("emit", given.emit)) &',
         "full = full &",
         "streaming/test_emit.py",
     ),
@@ -80,6 +80,12 @@ MUTATIONS = [
         "return new if jax.typeof(new).sharding.spec == sharding.spec else jax.sharding.reshard(new, sharding)",
         "return new if sharding else new",
         "streaming/test_layouts.py",
+    ),
+    Mutation(
+        "streaming: the sums of a jitted init are replicated",
+        "return zeros_like(leaf, accumulator_dtype_of(",
+        "return jnp.zeros_like(leaf, accumulator_dtype_of(",
+        "streaming/test_layouts.py -k init",
     ),
     Mutation(
         "flush does not look whether emit is read",
@@ -114,8 +120,8 @@ MUTATIONS = [
     ),
     Mutation(
         "streaming: averaged extra args lose their weight",
-        "{name: count.weight * term for name, term in terms.items()}",
-        "terms",
+        "added(total, value, first, count.weight if count.scales else None)",
+        "added(total, value, first)",
         STREAMING,
     ),
     Mutation(
@@ -144,8 +150,8 @@ MUTATIONS = [
     ),
     Mutation(
         "value_and_update: a window does not start afresh",
-        "starts = [jnp.where(operands.first, jnp.zeros_like(x), x) for x in operands.sums]",
-        "starts = operands.sums",
+        "return jax.tree.map(lambda x: jnp.where(operands.first, jnp.zeros_like(x), x), operands.sums)",
+        "return operands.sums",
         "streaming/test_value_and_update.py -k gradient_and_apply",
     ),
     Mutation(
@@ -300,7 +306,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sharded: sums of a bare jit are replicated",
-        "return jnp.where(never, x.astype(sum_of.dtype), zeros)",
+        "return jnp.where(never, x.astype(dtype), zeros)",
         "return zeros",
         "scanning/test_sharded.py -k layer_by_layer",
     ),

@@ -21,7 +21,7 @@ from optaccum._scanning import reductions
 from optaccum._scanning.micro_loss import MicroLoss
 from optaccum._scanning.split import Group
 from optaccum._tied import Tied
-from optaccum._varying import vary, vary_like, varying_axes, zeros_of
+from optaccum._varying import vary, vary_like, varying_axes, zeros_like, zeros_of
 
 PyTree = Any
 Scalars = dict[str, jax.Array]
@@ -283,15 +283,14 @@ def _start(loop: Loop, operands: Operands) -> Sums:
 
 
 def _zeros(x: jax.Array, sum_of: SumOf) -> jax.Array:
-    """An empty sum; sharded as what it is the gradient of, where only the compiler knows how that is (in `jax.jit`)."""
+    """An empty sum, laid out as what it is the gradient of, or as it leaves."""
     zeros, shard = jnp.zeros_like(x, sum_of.dtype), sum_of.shard
     if sum_of.in_parts:
         return zeros_of(jax.eval_shape(lambda x: shard(x), zeros))  # `jax.jit` of a tuple crashes
     if shard is not None:  # laid out when x has been gathered: XLA would do it first, and hold more at once
         zero, _ = lax.optimization_barrier((jnp.zeros([], zeros.dtype), x))
         return zeros + zero
-    never = lax.optimization_barrier(jnp.bool_(False))
-    return jnp.where(never, x.astype(sum_of.dtype), zeros)
+    return zeros_like(x, sum_of.dtype)
 
 
 def _axes(tree: PyTree) -> frozenset[str]:

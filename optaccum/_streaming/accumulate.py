@@ -18,7 +18,8 @@ from optaccum._noise_scale import init_noise_state
 from optaccum._streaming.schedule import ByWeight, UntilWeight, check_every_k
 from optaccum._streaming.skip import call_skip_fn
 from optaccum._streaming.state import AccumulateState
-from optaccum._streaming.window import Options, close_with_updates, enter
+from optaccum._streaming.window import Given, Options, close, enter
+from optaccum._varying import zeros_like
 
 _CONSUMED = {"weight", "denominator", "emit"}
 
@@ -124,12 +125,13 @@ def options_of(tx: Any) -> Options | None:
     return None
 
 
-def _init(options: Options, params: optax.Params) -> AccumulateState:
+def start(options: Options, params: optax.Params, inner_state: optax.OptState) -> AccumulateState:
+    """The state before the first micro-step."""
+
     def zero_sum(path, leaf):
         if not is_numeric(leaf):
             return None  # nor has it a gradient
-        dtype = accumulator_dtype_of(options.accumulator_dtype, path, leaf)
-        return jnp.zeros_like(leaf, dtype=dtype)  # with the parameter's sharding
+        return zeros_like(leaf, accumulator_dtype_of(options.accumulator_dtype, path, leaf))
 
     grad_sum = jax.tree_util.tree_map_with_path(zero_sum, params)
     gradient_step = jnp.zeros([], jnp.int32)
@@ -144,12 +146,16 @@ def _init(options: Options, params: optax.Params) -> AccumulateState:
         num_skipped=jnp.zeros([], jnp.int32),
         grad_sum=grad_sum,
         weight_sum=jnp.zeros([], jnp.float32),
-        inner_state=options.inner.init(params),
+        inner_state=inner_state,
         weight_total=jnp.zeros([2], jnp.float32),
         extra_sums={name: jnp.zeros([], jnp.float32) for name in options.averaged_extra_args} or (),
         skip_state=skip_state,
         noise_state=init_noise_state() if options.track_noise_scale else (),
     )
+
+
+def _init(options: Options, params: optax.Params) -> AccumulateState:
+    return start(options, params, options.inner.init(params))
 
 
 def _update(
@@ -165,8 +171,8 @@ def _update(
     **extra_args: Any,
 ) -> tuple[optax.Updates, AccumulateState]:
     """One micro-step: zero updates, or the inner optimizer's at the end of the window."""
-    state, full = enter(options, updates, state, params, weight, denominator, emit, extra_args)
-    return close_with_updates(options, state, full, updates, params, extra_args)
+    state, full = enter(options, updates, state, params, Given(weight, denominator, emit, extra_args))
+    return close(options, state, full, updates, params, extra_args, in_place=False)
 
 
 def _checked_inner(inner: Any) -> Any:

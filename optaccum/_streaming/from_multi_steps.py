@@ -1,17 +1,14 @@
 """Taking over from `optax.MultiSteps`, in the middle of a window too."""
 
-from typing import Any
-
 import jax
 import jax.core
 import jax.numpy as jnp
 import optax
 
-from optaccum._dtypes import accumulator_dtype_of, at_least_float32
-from optaccum._noise_scale import init_noise_state
-from optaccum._streaming.accumulate import options_of
+from optaccum._dtypes import at_least_float32
+from optaccum._noise_scale import NoiseScaleState
+from optaccum._streaming.accumulate import options_of, start
 from optaccum._streaming.state import AccumulateState, add_to_total
-from optaccum._streaming.window import Options
 
 
 def from_multi_steps(tx: optax.GradientTransformation, state: optax.MultiStepsState) -> AccumulateState:
@@ -58,37 +55,26 @@ def from_multi_steps(tx: optax.GradientTransformation, state: optax.MultiStepsSt
             f"{int(micro_step)} micro-steps into a window. Convert it after an update, or leave out "
             "averaged_extra_args."
         )
+    fresh = start(options, state.acc_grads, state.inner_opt_state)
     weight_sum = micro_step.astype(jnp.float32)
 
-    def grad_sum(path, total):
-        dtype = accumulator_dtype_of(options.accumulator_dtype, path, total)
-        wide = total.astype(at_least_float32(dtype))
-        return (wide * weight_sum.astype(wide.dtype) if options.use_grad_mean else wide).astype(dtype)
+    def grad_sum(zeros, total):
+        wide = total.astype(at_least_float32(zeros.dtype))
+        return (wide * weight_sum.astype(wide.dtype) if options.use_grad_mean else wide).astype(zeros.dtype)
 
     k = options.every_k if isinstance(options.every_k, int) else 0
-    noise_state = ()
-    if options.track_noise_scale:  # NaN: the open window's norms are not known, so it will not count
-        noise_state = init_noise_state()._replace(sq_norm_sum=jnp.full([], jnp.nan, jnp.float32))
-    return AccumulateState(
+    noise_state, skip_state = fresh.noise_state, fresh.skip_state
+    if isinstance(noise_state, NoiseScaleState):  # NaN: the norms in the open window are not known
+        noise_state = noise_state._replace(sq_norm_sum=jnp.full([], jnp.nan, jnp.float32))
+    if jax.tree.structure(skip_state) == jax.tree.structure(state.skip_state):
+        skip_state = state.skip_state
+    return fresh._replace(
         micro_step=micro_step,
         gradient_step=gradient_step,
         has_updated=(micro_step == 0) & (gradient_step > 0),
-        num_skipped=jnp.zeros([], jnp.int32),
-        grad_sum=jax.tree_util.tree_map_with_path(grad_sum, state.acc_grads),
+        grad_sum=jax.tree.map(grad_sum, fresh.grad_sum, state.acc_grads),
         weight_sum=weight_sum,
-        inner_state=state.inner_opt_state,
-        weight_total=add_to_total(jnp.zeros([2], jnp.float32), (gradient_step * k).astype(jnp.float32)),
-        extra_sums={name: jnp.zeros([], jnp.float32) for name in options.averaged_extra_args} or (),
-        skip_state=_skip_state(options, state),
+        weight_total=add_to_total(fresh.weight_total, (gradient_step * k).astype(jnp.float32)),
+        skip_state=skip_state,
         noise_state=noise_state,
     )
-
-
-def _skip_state(options: Options, state: optax.MultiStepsState) -> Any:
-    """MultiSteps' own where it has one, else what the skip function says of zeros."""
-    if options.should_skip_update_fn is None:
-        return ()
-    zeros = jax.tree.map(jnp.zeros_like, state.acc_grads)
-    fresh = options.should_skip_update_fn(zeros, jnp.zeros([], jnp.int32), zeros)[1]
-    same = jax.tree.structure(fresh) == jax.tree.structure(state.skip_state)
-    return state.skip_state if same else fresh

@@ -1,7 +1,6 @@
 """The state of streaming accumulation, and what can be asked of it."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of, dtype_of, leaf_name
 from optaccum._noise_scale import NoiseScaleState
 
 ADVICE = "Restore it with the options that it was saved with, or start from init."
@@ -95,12 +93,8 @@ def has_updated(opt_state: Any) -> jax.Array:
       >>> emitted
       [False, True, False, True]
     """
-    find_states(opt_state)
-    found = optax.tree_utils.tree_get_all_with_path(opt_state, "has_updated")
-    flags = [x for path, x in found if getattr(path[-1], "tuple_name", "") == AccumulateState.__name__]
-    return functools.reduce(
-        jnp.logical_and, map(jnp.asarray, flags)
-    )  # without a constant, which eager calls transfer
+    flags = [jnp.asarray(s.has_updated) for s in with_nested(find_states(opt_state))]
+    return functools.reduce(jnp.logical_and, flags)  # without a constant, which eager calls transfer
 
 
 def weight_total(opt_state: Any) -> float:
@@ -145,12 +139,14 @@ def states_in(tree: Any) -> list[AccumulateState]:
     return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_state) if is_state(leaf)]
 
 
+def with_nested(states: list[AccumulateState]) -> list[AccumulateState]:
+    """These and those inside them: windows of windows."""
+    return states + [inner for s in states for inner in with_nested(states_in(s.inner_state))]
+
+
 def is_state(node: Any) -> TypeGuard[AccumulateState]:
     """Whether it is a state of `optaccum.accumulate`."""
     return isinstance(node, AccumulateState)
-
-
-# Whether a state, restored perhaps, is one of this transformation; and whether gradients fit it.
 
 
 def check_is_state(state: Any) -> None:
@@ -168,70 +164,6 @@ def _way_out(state: Any) -> str:
         return (
             "It holds one: update, or flush, the whole transformation that it belongs to, or that one alone."
         )
-    if _is_restored_bare(state):
+    if optax.tree_utils.tree_get_all_with_path(state, "grad_sum"):
         return "It was restored without its types: give the checkpointer tx.init(params) as the template to restore."
     return "Pass what this transformation's init, or its last call, returned; (grads, state, params) is the order."
-
-
-def _is_restored_bare(tree: Any) -> bool:
-    """Whether a checkpointer gave dicts and lists where an `AccumulateState` was saved."""
-    nodes = [tree]
-    for node in nodes:  # it grows
-        if isinstance(node, Mapping):
-            if {"micro_step", "grad_sum"} <= node.keys():
-                return True
-            nodes += node.values()
-        elif isinstance(node, (list, tuple)):
-            nodes += node
-    return False
-
-
-def check_state(
-    state: AccumulateState,
-    accumulator_dtype: AccumulatorDType,
-    averaged_extra_args: tuple[str, ...],
-    track_noise_scale: bool,
-) -> None:
-    """Raises, by name, where a state lacks what an option keeps, or would round what it adds up."""
-    names, kept = sorted(averaged_extra_args), sorted(dict(state.extra_sums))
-    if names != kept:
-        raise ValueError(f"expected a state with averaged_extra_args={names}; got one with {kept}. {ADVICE}")
-    if track_noise_scale and not isinstance(state.noise_state, NoiseScaleState):
-        raise ValueError(f"expected a state with track_noise_scale=True; got one without. {ADVICE}")
-    for path, total in jax.tree.leaves_with_path(state.grad_sum):
-        if accumulator_dtype is None or not jnp.issubdtype(total.dtype, jnp.floating):
-            continue
-        expected = accumulator_dtype_of(accumulator_dtype, path, total)
-        if jnp.finfo(total.dtype).bits < jnp.finfo(expected).bits:
-            raise ValueError(
-                f"expected grad_sum at {leaf_name(path)} to be {expected}, by accumulator_dtype; got {total.dtype}. "
-                f"{ADVICE}"
-            )
-
-
-def check_gradients(grads: optax.Updates, grad_sum: optax.Updates) -> None:
-    """Raises, naming the leaf, where the gradients are not shaped as the parameters that init was given."""
-    if jax.tree.structure(grads) != jax.tree.structure(grad_sum):
-        try:  # JAX names the node that differs
-            jax.tree.map(lambda *_: None, grad_sum, grads)
-            jax.tree.map(lambda *_: None, grads, grad_sum)
-        except ValueError as error:
-            error.add_note(
-                "The gradients do not match the state that init made from the parameters: pass a gradient for each of "
-                "them, or initialise with those that have one."
-            )
-            raise
-    totals = jax.tree.leaves(grad_sum)
-    for (path, grad), total in zip(jax.tree.leaves_with_path(grads), totals, strict=True):
-        if jnp.shape(grad) != total.shape:
-            raise ValueError(
-                f"expected the gradient at {leaf_name(path)} to have the state's shape {total.shape}; got "
-                f"{jnp.shape(grad)}. Pass gradients of the parameters that init was given."
-            )
-        dtype = dtype_of(grad)
-        if jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(total):
-            raise ValueError(
-                f"expected the gradient at {leaf_name(path)} to be real, as its accumulator, {total.dtype}; got "
-                f"{dtype}. Initialise with complex parameters, or let accumulator_dtype be a function that "
-                "returns a complex dtype for this leaf."
-            )

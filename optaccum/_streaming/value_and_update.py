@@ -11,19 +11,15 @@ import numpy as np
 import optax
 from jax import lax
 
-from optaccum._dtypes import is_float0, keep_sharding
+from optaccum._dtypes import keep_sharding
 from optaccum._in_place import run_as, why_not_in_place
 from optaccum._loss import EXAMPLES, loss_terms, loss_value
 from optaccum._run_if import run_if
 from optaccum._streaming.accumulate import options_of
-from optaccum._streaming.apply_gradients import (
-    apply_gradients,
-    close_in_place,
-    gradient_like,
-    gradients_like,
-)
-from optaccum._streaming.state import AccumulateState, check_state, is_state
-from optaccum._streaming.window import Options, add_count, added, weigh
+from optaccum._streaming.apply_gradients import apply_gradients
+from optaccum._streaming.gradients import gradient_like, gradients_like, moving, put_back
+from optaccum._streaming.state import AccumulateState, is_state
+from optaccum._streaming.window import Given, Options, add_count, added, check_state, close, weigh
 from optaccum._trace import trace
 
 
@@ -35,44 +31,11 @@ class Rest(NamedTuple):
     aux: Any
 
 
-class Given(NamedTuple):
-    """The keywords of a step."""
-
-    weight: Any
-    denominator: Any
-    emit: Any
-    extra_args: dict[str, Any]
-
-    def with_loss(self, options: Options | None, total: jax.Array, rest: Rest) -> "Given":
-        """These, and what the loss itself says of them."""
-        given = self if rest.weight is None else self._replace(denominator=rest.weight)
-        if options is not None and "value" in options.averaged_extra_args:
-            return given._replace(extra_args={"value": total} | self.extra_args)
-        return given
-
-
-class Leaves(NamedTuple):
-    """Which leaves of a tree like the parameters have a gradient that is a number."""
-
-    structure: Any
-    likes: list[Any]  # of all leaves: the gradient, as a `jax.ShapeDtypeStruct`, or None
-
-    def of(self, tree: Any) -> list[jax.Array]:
-        """Those leaves."""
-        leaves = zip(self.structure.flatten_up_to(tree), self.likes, strict=True)
-        return [jnp.asarray(x) for x, like in leaves if _is_number(like)]
-
-    def put(self, some: list[Any], tree: Any) -> Any:
-        """`tree` with these in their place."""
-        left, leaves = iter(some), zip(self.structure.flatten_up_to(tree), self.likes, strict=True)
-        return self.structure.unflatten(next(left) if _is_number(like) else x for x, like in leaves)
-
-
 class Operands(NamedTuple):
     """The arrays that one micro-step's gradient is added up from."""
 
-    diff: list[jax.Array]  # what is differentiated
-    sums: list[jax.Array]  # of its gradients
+    diff: Any  # what is differentiated, None for the rest of the parameters
+    sums: Any  # of its gradients, likewise
     first: jax.Array  # shape=(), bool: whether the micro-step opens its window
     weight: jax.Array | None  # shape=(), float32; None: not given
     consts: list[Any]  # what the loss closes over
@@ -156,21 +119,19 @@ def _by_a_gradient(
     given: Given,
 ) -> tuple[Any, Any, Rest]:
     """`jax.value_and_grad`, then `apply_gradients`; without a backward pass where the weight is zero."""
-    leaves = _leaves_like(jax.tree.map(gradient_like, params))
-    diff = leaves.of(params)
-    total, vjp, rest = jax.vjp(lambda diff: total_and_rest(leaves.put(diff, params)), diff, has_aux=True)
-    given = given.with_loss(options_of(tx), total, rest)
+    likes = jax.tree.map(gradient_like, params)
+    diff = jax.tree.map(jnp.asarray, moving(likes, params))
+    total, vjp, rest = jax.vjp(lambda diff: total_and_rest(put_back(diff, params)), diff, has_aux=True)
+    weight, denominator, emit, extra_args = _with_loss(given, options_of(tx), total, rest)
 
     def backward(_):
         return vjp(jnp.ones_like(total))[0]
 
-    weight = given.weight if given.weight is not None else given.denominator
+    counts = weight if weight is not None else denominator
     zeros = jax.tree.map(jnp.zeros_like, diff)
-    grads = backward(()) if weight is None else run_if(jnp.asarray(weight) != 0, backward, zeros)
-    grads = leaves.put(grads, leaves.structure.unflatten(map(_no_gradient, leaves.likes)))
-    weighed = {"weight": given.weight, "denominator": given.denominator, "emit": given.emit}
-    params, state = apply_gradients(tx, grads, state, params, **weighed, **given.extra_args)
-    return params, state, rest
+    grads = backward(()) if counts is None else run_if(jnp.asarray(counts) != 0, backward, zeros)
+    weighed: Any = {"weight": weight, "denominator": denominator, "emit": emit}
+    return *apply_gradients(tx, put_back(grads, likes), state, params, **weighed, **extra_args), rest
 
 
 def _into_the_sum(
@@ -182,74 +143,88 @@ def _into_the_sum(
     in_place: bool | None,
 ) -> tuple[Any, AccumulateState, Rest]:
     """The same with the gradient added to the sums right away, in one of two forms."""
-    check_state(state, options.accumulator_dtype, options.averaged_extra_args, options.track_noise_scale)
+    check_state(options, state)
     likes = gradients_like(params, state.grad_sum)
-    leaves = _leaves_like(likes)
-    count = weigh(options._replace(averaged_extra_args=()), given.weight, given.denominator, {})
-    weight = count.weight if count.is_given else None
-    operands = Operands(leaves.of(params), leaves.of(state.grad_sum), state.micro_step == 0, weight, [])
+    diff = jax.tree.map(jnp.asarray, moving(likes, params))
+    weight, scales = weigh(given)
+    operands = Operands(diff, moving(likes, state.grad_sum), state.micro_step == 0, weight, [])
     total, rest, sums = _add_in_some_form(
-        lambda diff: total_and_rest(leaves.put(diff, params)), operands, count.scales, in_place
+        lambda diff: total_and_rest(put_back(diff, params)), operands, scales, in_place
     )
-    given = given.with_loss(options, total, rest)
-    count = weigh(options, given.weight, given.denominator, given.extra_args)
-    state, full = add_count(options, state, count, given.emit, None)
-    state = state._replace(grad_sum=leaves.put(sums, state.grad_sum))
-    return *close_in_place(options, state, full, likes, params, given.extra_args), rest
+    given = _with_loss(given, options, total, rest)
+    state, full = add_count(options, state, weigh(given), given, None)
+    state = state._replace(grad_sum=put_back(sums, state.grad_sum))
+    return *close(options, state, full, likes, params, given.extra_args, in_place=True), rest
+
+
+def _with_loss(given: Given, options: Options | None, total: jax.Array, rest: Rest) -> Given:
+    """The keywords of a micro-step, and what the loss itself says of them."""
+    given = given if rest.weight is None else given._replace(denominator=rest.weight)
+    if options is not None and "value" in options.averaged_extra_args:
+        return given._replace(extra_args={"value": total} | given.extra_args)
+    return given
 
 
 def _add_in_some_form(
     forward: Callable[..., Any], operands: Operands, scales: bool, in_place: bool | None
-) -> tuple[jax.Array, Rest, list[jax.Array]]:
+) -> tuple[jax.Array, Rest, Any]:
     """The micro-step's total and the sums with its gradient, added in place where that can be."""
     is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands))
     if in_place or (in_place is None and is_traced):  # an eager call donates nothing
         traced, consts = trace(forward, operands.diff)
         operands = operands._replace(consts=consts)
-        fast, plain = (functools.partial(_add, traced.call, scales, in_place=form) for form in (True, False))
         if in_place or traced.has_scan:  # otherwise the compiler adds each gradient as it arises
-            dtypes = [(x.dtype, total.dtype) for x, total in zip(operands.diff, operands.sums, strict=True)]
+            fast, plain = (functools.partial(form, traced.call, scales) for form in (_add_in_place, _add))
+            pairs = zip(jax.tree.leaves(operands.diff), jax.tree.leaves(operands.sums), strict=True)
+            dtypes = [(x.dtype, total.dtype) for x, total in pairs]
             obstacle, cause = why_not_in_place([traced], dtypes, lambda: fast(operands))
             if not obstacle:
                 return run_as(fast, plain)(operands)
             if in_place:
                 raise _not_in_place(obstacle) from cause
-    return _add(lambda _, diff: forward(diff), scales, operands, in_place=False)
+    return _add(lambda _, diff: forward(diff), scales, operands)
 
 
-def _add(
-    call: Callable[..., Any], scales: bool, operands: Operands, *, in_place: bool
-) -> tuple[jax.Array, Rest, list[jax.Array]]:
-    """Differentiates, and adds to the sums: by the backward pass itself, or after it."""
-    diff, dtypes = operands.diff, [x.dtype for x in operands.diff]
-    if in_place:  # a reference has its cotangent's dtype: for wider sums, wider parameters
-        diff = [x.astype(total.dtype) for x, total in zip(diff, operands.sums, strict=True)]
+def _add(call: Callable[..., Any], scales: bool, operands: Operands) -> tuple[jax.Array, Rest, Any]:
+    """Differentiates, then adds to the sums."""
+    total, vjp, rest = jax.vjp(functools.partial(call, operands.consts), operands.diff, has_aux=True)
+    weight = operands.weight if rest.weight is None else rest.weight
 
-    def forward(diff):
-        return call(operands.consts, [x.astype(dtype) for x, dtype in zip(diff, dtypes, strict=True)])
+    def add(sums, first: Any = False):
+        def add_gradient(total, grad):
+            return added(total, keep_sharding(grad, total), first, weight if scales else None)
 
+        return jax.tree.map(add_gradient, sums, vjp(jnp.ones_like(total))[0])
+
+    if weight is None:  # one pass over the sums
+        return total, rest, add(operands.sums, operands.first)
+    return total, rest, run_if(weight != 0, add, _starts(operands))
+
+
+def _add_in_place(call: Callable[..., Any], scales: bool, operands: Operands) -> tuple[jax.Array, Rest, Any]:
+    """The same, the backward pass adding by itself: it starts from the weight."""
+
+    def forward(wide):
+        return call(operands.consts, jax.tree.map(lambda x, own: x.astype(own.dtype), wide, operands.diff))
+
+    # A reference has its cotangent's dtype: for wider sums, wider parameters.
+    wide = jax.tree.map(lambda x, total: x.astype(total.dtype), operands.diff, operands.sums)
     vjp: Any
-    total, vjp, rest = jax.vjp(forward, diff, has_aux=True)
+    total, vjp, rest = jax.vjp(forward, wide, has_aux=True)
     weight = operands.weight if rest.weight is None else rest.weight
     cotangent = jnp.asarray(weight, total.dtype) if scales else jnp.ones_like(total)
-    starts = [jnp.where(operands.first, jnp.zeros_like(x), x) for x in operands.sums]
-    if not in_place:
-
-        def add(sums, first: Any = False):
-            pairs = zip(sums, vjp(cotangent)[0], strict=True)
-            return [added(total, keep_sharding(grad, total), first) for total, grad in pairs]
-
-        if weight is None:  # one pass over the sums
-            return total, rest, add(operands.sums, operands.first)
-        return total, rest, run_if(weight != 0, add, starts)
-    refs = [jax.new_ref(x) for x in starts]
+    refs = jax.tree.map(jax.new_ref, _starts(operands))
     backward = vjp.with_refs(refs)
     if weight is None:
         backward(cotangent)
     else:  # a cotangent of zero would still add a NaN
         once = lambda go: (backward(cotangent), jnp.zeros_like(go))[1]  # noqa: E731
         lax.while_loop(lambda go: go, once, weight != 0)
-    return total, rest, [jax.freeze(ref) for ref in refs]
+    return total, rest, jax.tree.map(jax.freeze, refs)
+
+
+def _starts(operands: Operands) -> Any:
+    return jax.tree.map(lambda x: jnp.where(operands.first, jnp.zeros_like(x), x), operands.sums)
 
 
 def _total_and_rest(out: Any, has_aux: bool, is_weighed: bool) -> tuple[jax.Array, Rest]:
@@ -274,20 +249,6 @@ def _total_and_rest(out: Any, has_aux: bool, is_weighed: bool) -> tuple[jax.Arra
             "the total alone."
         )
     return term.total, Rest(term.weight, loss_value(terms), aux)
-
-
-def _leaves_like(likes: Any) -> Leaves:
-    """Those of gradients like these."""
-    kinds, structure = jax.tree.flatten(likes, is_leaf=lambda x: x is None)
-    return Leaves(structure, kinds)
-
-
-def _is_number(like: Any) -> bool:
-    return like is not None and not is_float0(like)
-
-
-def _no_gradient(like: Any) -> Any:
-    return None if like is None else np.zeros(like.shape, jax.dtypes.float0)
 
 
 def _why_gradient_is_needed(options: Options | None) -> str:

@@ -13,11 +13,13 @@ from benchmarks import pytorch
 from benchmarks.measure import MIB, copies, interleave, median, num_bytes, over_sum, ratio, temp_bytes
 from benchmarks.report import Section, Table, Target, milliseconds, times
 from benchmarks.sizes import Sizes
+from benchmarks.transformer import loss_fn, make_params as make_transformer, make_tokens
 
 MULTI, HAND, OURS = "optax.MultiSteps", "hand-written pair", "apply_gradients"
 STANDARD, TORCH = "update + apply_updates", "PyTorch, in place"
 OPTIONS, HAND_OPTIONS = "apply_gradients, options on", "hand-written pair, options on"
 STANDARD_OPTIONS = "update + apply_updates, options on"
+TWO_CALLS, ONE_CALL = "value_and_grad + apply_gradients", "value_and_update"
 READS = "each gradient read once, k times"
 INNER = {"AdamW": lambda: optax.adamw(1e-3), "Muon": lambda: optax.contrib.muon(1e-3)}
 
@@ -170,6 +172,9 @@ def run(sizes: Sizes) -> Section:
         seconds = interleave({n: c.window for n, c in contenders.items()}, sizes.stream_repeats)
         tables.append(_table(name, size, contenders, seconds))
         targets += _targets(name, size, contenders, seconds)
+    table, more_targets = _from_micro_batches(sizes)
+    tables.append(table)
+    targets += more_targets
     text = (
         f"A window of k = {sizes.k} micro-steps and one update, float32, gradients given, arguments donated. "
         "Temp is what the compiled program allocates beside its arguments and results, in copies of the "
@@ -177,9 +182,45 @@ def run(sizes: Sizes) -> Section:
         "Options on: weights, `skip_not_finite` and an averaged extra argument. A skipped micro-step must leave the "
         "sum as it was, so all of a gradient is read before any of it is added: twice in all, and the row with those "
         "reads alone shows what no implementation is spared. PyTorch adds each gradient "
-        "in place (`torch._foreach_add_`) and runs the fused AdamW every k-th time, with the same threads."
+        "in place (`torch._foreach_add_`) and runs the fused AdamW every k-th time, with the same threads. "
+        "The last table is of whole windows, gradients and all: a transformer of scanned layers, rematerialised."
     )
     return Section("Streaming", text, tables, targets)
+
+
+def _from_micro_batches(sizes: Sizes) -> tuple[Table, list[Target]]:
+    """Windows from micro-batches to parameters: the gradient made first, or added to the sum as it arises."""
+    tx = optaccum.accumulate(INNER["AdamW"](), sizes.k)
+    params = make_transformer(sizes, True)
+    tokens = make_tokens(sizes)[: sizes.batch_size // sizes.k]
+
+    def two_calls(params, state, tokens):
+        _, grads = jax.value_and_grad(loss_fn)(params, tokens)
+        return optaccum.apply_gradients(tx, grads, state, params)
+
+    def one_call(params, state, tokens):
+        return optaccum.value_and_update(loss_fn, tx)(params, state, tokens)[1:]
+
+    steps = {TWO_CALLS: two_calls, ONE_CALL: one_call}
+    windows = {n: _windows(step, tx.init(params), tokens, params, sizes.k) for n, step in steps.items()}
+    seconds = interleave({name: window for name, (window, _) in windows.items()}, sizes.scan_repeats)
+    size = num_bytes(params)
+    rows = [
+        (
+            name,
+            milliseconds(median(seconds[name])),
+            times(ratio(seconds, name, TWO_CALLS)),
+            f"{temp / size:.2f}",
+        )
+        for name, (_, temp) in windows.items()
+    ]
+    table = Table((f"{size / MIB:.0f} MiB of parameters, AdamW", "window", f"× {TWO_CALLS}", "temp"), rows)
+    return table, [
+        Target("value_and_update: time over the two calls", ratio(seconds, ONE_CALL, TWO_CALLS), 1.05),
+        Target(
+            "value_and_update: temp over the two calls", windows[ONE_CALL].temp / windows[TWO_CALLS].temp, 0.7
+        ),
+    ]
 
 
 def _table(name: str, size: int, contenders: dict[str, Contender], seconds: dict[str, list[float]]) -> Table:

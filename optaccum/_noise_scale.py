@@ -1,5 +1,6 @@
 """How large a batch is worth its cost: the gradient noise scale, from the window's own micro-steps."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ class NoiseScaleState(NamedTuple):
 
 
 def estimate_noise(num_terms: Any, sq_norm_sum: Any, mean_sq_norm: Any, weight_sum: Any) -> NoiseEstimates:
-    r"""The two estimates of one window.
+    r"""The two estimates of one window; NaN for both where k < 2 or N = 0: one micro-step shows no spread.
 
     With k mean gradients g_i of n_i examples each, N their sum and g the mean over all of them,
 
@@ -52,9 +53,6 @@ def estimate_noise(num_terms: Any, sq_norm_sum: Any, mean_sq_norm: Any, weight_s
       sq_norm_sum: sum of n_i |g_i|^2, shape=().
       mean_sq_norm: |g|^2, shape=().
       weight_sum: N, shape=().
-
-    Returns:
-      Both estimates in float32; NaN for both where k < 2 or N = 0: one micro-step shows no spread.
     """
     num_terms, *sums = (
         jnp.asarray(x, jnp.float32) for x in (num_terms, sq_norm_sum, mean_sq_norm, weight_sum)
@@ -113,15 +111,14 @@ def add_term(
 
 
 def close_terms(state: NoiseScaleState, grads: Any, weight_sum: jax.Array, is_mean: bool) -> NoiseScaleState:
-    """The moving averages with the window that ends with this mean gradient, or sum where `is_mean` is False."""
+    """The moving averages with the window that ends with this mean gradient, or sum where `is_mean` is False.
+
+    A window that says nothing, or is not finite, leaves them as they are.
+    """
     mean_sq_norm = squared_norm(grads)
     if not is_mean:
         mean_sq_norm = mean_sq_norm / jnp.square(weight_sum)
-    return average_in(state, estimate_noise(state.num_terms, state.sq_norm_sum, mean_sq_norm, weight_sum))
-
-
-def average_in(state: NoiseScaleState, estimates: NoiseEstimates) -> NoiseScaleState:
-    """The moving averages with one more window; unchanged by a window that says nothing or is not finite."""
+    estimates = estimate_noise(state.num_terms, state.sq_norm_sum, mean_sq_norm, weight_sum)
     known = jnp.isfinite(estimates.gradient_sq_norm) & jnp.isfinite(estimates.gradient_variance)
 
     def move(average, new):
@@ -131,11 +128,6 @@ def average_in(state: NoiseScaleState, estimates: NoiseEstimates) -> NoiseScaleS
         averages=jax.tree.map(move, state.averages, estimates),
         averages_weight=move(state.averages_weight, jnp.ones([], jnp.float32)),
     )
-
-
-def corrected(state: NoiseScaleState) -> NoiseEstimates:
-    """The bias-corrected moving averages; NaN before the first window that counts."""
-    return jax.tree.map(lambda average: average / state.averages_weight, state.averages)
 
 
 def noise_scale(opt_state: Any) -> NoiseScale:
@@ -176,11 +168,11 @@ def noise_scale(opt_state: Any) -> NoiseScale:
     states = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_noise_state) if _is_noise_state(s)]
     if not states:
         raise ValueError(
-            "noise_scale expects the state of a transformation made by "
-            "optaccum.accumulate(..., track_noise_scale=True); found none in a "
-            f"{type(opt_state).__name__}."
+            "expected a state of a transformation made by optaccum.accumulate(..., track_noise_scale=True); got "
+            f"{type(opt_state).__name__} without one."
         )
-    sq_norm, variance = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *map(corrected, states))
+    corrected = [[average / s.averages_weight for average in s.averages] for s in states]
+    sq_norm, variance = (functools.reduce(jnp.add, parts) for parts in zip(*corrected, strict=True))
     return NoiseScale(variance / sq_norm, sq_norm, variance)
 
 

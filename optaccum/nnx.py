@@ -165,8 +165,7 @@ def apply_gradients(
       (4, [-2.0])
     """
     params, grads = (nnx.as_pure(nnx.state(x, optimizer.wrt, graph=optimizer.graph)) for x in (model, grads))
-    given = {"weight": weight, "denominator": denominator, "emit": emit}
-    extra_args |= {name: value for name, value in given.items() if value is not None}
+    extra_args |= {"weight": weight, "denominator": denominator, "emit": emit}
     params, opt_state = optaccum.apply_gradients(
         optimizer.tx, grads, nnx.as_pure(optimizer.opt_state), params, **nnx.as_pure(extra_args)
     )

@@ -45,41 +45,33 @@ def accumulate(
     evaluating it.
 
     The transformation's update is `update(grads, state, params=None, *, weight=None, denominator=None, emit=None,
-    **extra_args)`. `weight`: scalar, what the micro-batch counts in the mean (its examples, or tokens; global
-    over devices), where `grads` is of its mean loss. `denominator`: likewise, where `grads` is of its
-    *summed* loss: S = sum of g_i. `emit`: bool scalar, whether this micro-step ends its window, whatever k. All three
-    are consumed here. A weight of zero adds nothing, not even a NaN, but counts as a micro-step; a window whose W is 0
-    ends without running `inner`; a weight that is not finite ends with its window. Other extra args reach `inner` as
-    the emitting call brings them, unless `averaged_extra_args` names them: a function that `inner` evaluates itself
-    (`value_fn` of `optax.lbfgs`) must describe the whole window.
+    **extra_args)`. `weight`: scalar, what the micro-batch counts in the mean (its examples, or tokens; global over
+    devices), where `grads` is of its mean loss. `denominator`: likewise, where `grads` is of its *summed* loss: S = sum
+    of g_i. `emit`: bool scalar, whether this micro-step ends its window, whatever k. A weight of zero adds nothing, not
+    even a NaN, but counts as a micro-step; a window whose W is 0 ends without running `inner`. Other extra args reach
+    `inner` as the emitting call brings them, unless `averaged_extra_args` names them: a function that `inner` evaluates
+    itself (`value_fn` of `optax.lbfgs`) must describe the whole window.
 
-    Updates have the structure and dtypes that `inner` itself gives for gradients of the incoming dtypes;
-    `inner` computes with the accumulator's. A parameter whose gradient is float0 (an integer) stays as it is.
-
-    For gradients that do not fit twice beside the parameters use `optaccum.apply_gradients`, which works in
-    place. On a mesh the sums are sharded as the parameters are; call `init` outside jit there, unless the
-    mesh's axes are Explicit. A mean over bf16 gradients is float32 here: `inner`'s state still has the dtypes
-    that `inner.init` gave it.
+    Updates have the structure and dtypes that `inner` itself gives for gradients of the incoming dtypes; it computes
+    with the accumulator's. A parameter whose gradient is float0 (an integer) stays as it is. `optaccum.apply_gradients`
+    works in place, for gradients that do not fit twice beside the parameters. On a mesh the sums are sharded as the
+    parameters are; those of `inner`, as Optax makes them, where `init` is called outside jit or the axes are Explicit.
 
     Args:
       inner: any Optax gradient transformation; runs once per window, in place.
       every_k_schedule: k, the micro-steps in a window: an int >= 1; a traceable function of the updates so
-        far (int32, shape=()) to a scalar k, where a traced k below 1 counts as 1; `optaccum.by_weight` or
-        `optaccum.until_weight`; None where `emit` alone ends a window. A window ends at the first micro-step that makes
-        it k or longer, so k may shrink between saving and restoring.
+        far (int32, shape=()) to a scalar k; `optaccum.by_weight` or `optaccum.until_weight`; None where `emit` alone
+        ends a window. A window ends at the first micro-step that makes it k or longer: k may shrink in a restart.
       use_grad_mean: True hands S / W to `inner`, False hands S. Default: True.
       accumulator_dtype: of S. A dtype is taken exactly for real leaves, but float64 stays float64 and complex
         stays complex; None takes each parameter's own; a function (key path, parameter) -> dtype overrides
         all of this. Default: float32.
-      should_skip_update_fn: (grads, gradient_step, params) -> (bool scalar, pytree). True drops the
-        micro-step and its weight as if it never came; `state.num_skipped` counts them and `state.skip_state`
-        keeps the pytree. `optax.skip_not_finite` fits. Default: None, which lets non-finite gradients reach
-        `inner` at the end of their own window; the next one starts clean.
+      should_skip_update_fn: (grads, gradient_step, params) -> (bool scalar, pytree), such as `optax.skip_not_finite`.
+        True drops the micro-step and its weight as if it never came; the state counts them and keeps the pytree.
+        Default: None, which lets non-finite gradients reach `inner` at the end of their own window.
       averaged_extra_args: names of scalar extra args, such as ("value",), that reach `inner` averaged over
-        the window as the gradient is: sum of w_i v_i, or of v_i with `denominator`, over W; float32. Default:
-        none.
-      track_noise_scale: keep what `optaccum.noise_scale` reads, at one squared norm per micro-step. Default:
-        False.
+        the window as the gradient is; float32. Default: none.
+      track_noise_scale: keep what `optaccum.noise_scale` reads, at one squared norm per micro-step. Default: False.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is `optaccum.AccumulateState`. The last three

@@ -24,19 +24,18 @@ def apply_gradients(
 ) -> tuple[optax.Params, optax.OptState]:
     """One micro-step, from gradients to parameters: `tx.update` and `optax.apply_updates` in one.
 
-    The parameters are those the two calls give. For a `tx` that `optaccum.accumulate` made there are no zero
-    updates in between: parameters and optimizer state are touched only by the call that ends a window, and
-    then in place where they are donated (`jax.jit(step, donate_argnums=...)`) in the order in which they
-    return, as below: JAX pairs buffers of one shape in order, and in another order two copies of the
-    parameters are made. For any other transformation, such as a chain with an `accumulate` inside, it is the
-    two calls.
+    The parameters are those the two calls give. For a `tx` that `optaccum.accumulate` made there are no zero updates in
+    between: parameters and optimizer state are touched only by the call that ends a window, and then in place where
+    they are donated in the order in which they return, as below (JAX pairs buffers of one shape in order: another costs
+    two copies of the parameters). For any other transformation, such as a chain around an `accumulate`, it is the two
+    calls.
 
     Args:
       tx: any Optax gradient transformation.
       grads: gradients of one micro-batch, shaped like `params`.
       state: `tx`'s state.
       params: the parameters.
-      weight: scalar; see `optaccum.accumulate`. Handed to `tx.update` only if given.
+      weight: scalar; see `optaccum.accumulate`. Handed to `tx.update` only if given, as the next two.
       denominator: scalar; likewise.
       emit: bool scalar; likewise.
       **extra_args: as for `tx.update`.

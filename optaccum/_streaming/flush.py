@@ -30,19 +30,17 @@ def flush(
     """Ends an open window now, with what is in it: for the last, shorter window of an epoch.
 
     It is a call of `tx.update` with `emit=True` and zero gradients of no weight, where a window is open: all else in
-    `tx`, before, behind or beside the `accumulate`, gets that call too. Where none is open nothing is called.
+    `tx`, before, behind or beside the `accumulate`, gets that call too. Where none is open nothing is called, and the
+    updates are exact zeros, as they are where the window's weight is zero.
 
     Args:
       tx: a transformation that `optaccum.accumulate` made, or one with some inside (`optax.chain`, `optax.partition`).
       state: its state; that of a `flax.nnx.Optimizer` too.
       params: the parameters.
-      **extra_args: for `tx.update`. Those in `averaged_extra_args` need not be given: the window's averages
-        count.
+      **extra_args: for `tx.update`. Those in `averaged_extra_args` need not be given: the window's averages count.
 
     Returns:
-      The updates, of the dtypes that gradients of the parameters' dtypes give, and the state. The gradient
-      sum is divided by the weight in the window. Where none is open, or its weight is zero, `accumulate`'s updates are
-      exact zeros and `inner` does not run.
+      The updates, of the dtypes that gradients of the parameters' dtypes give, and the state.
 
     Raises:
       TypeError: the state holds none of `optaccum.accumulate`; `emit` does not reach it, since something in `tx`

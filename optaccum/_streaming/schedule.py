@@ -31,8 +31,7 @@ def by_weight(fn: Callable[[jax.Array], Any]) -> ByWeight:
 
     Args:
       fn: a traceable function of one float32 scalar, all the weight (examples, tokens) that the windows
-        before this one emitted, to the number of micro-steps k in this window. It is exact up to 2^24 and
-        within half a unit in the last place beyond.
+        before this one emitted, rounded to float32, to the number of micro-steps k in this window.
 
     Returns:
       What `every_k_schedule` of `optaccum.accumulate` takes.
@@ -116,28 +115,23 @@ def check_every_k(every_k: Any) -> EveryK | None:
 def is_full(
     every_k: EveryK | None, micro_step: jax.Array, weight_sum: jax.Array, state: AccumulateState
 ) -> jax.Array:
-    """Whether the schedule ends a window of so many micro-steps and such a weight; shape=(), bool.
+    """Whether the schedule ends a window of so many micro-steps, and of such a weight; shape=(), bool.
 
-    Args:
-      every_k: the schedule.
-      micro_step: those in the window, this one too.
-      weight_sum: their weight.
-      state: before this micro-step.
+    `state` is the one before the last of them.
     """
     if every_k is None:
         return jnp.zeros([], jnp.bool_)
-    if isinstance(every_k, UntilWeight):
-        weight = every_k.weight
-        return ~(
-            weight_sum < (_number(weight(state.gradient_step), "weight") if callable(weight) else weight)
-        )
     if isinstance(every_k, int):
         return micro_step >= every_k
+    if isinstance(every_k, UntilWeight):
+        weight = every_k.weight
+        enough = _number(weight(state.gradient_step), "weight") if callable(weight) else weight
+        return ~(weight_sum < enough)  # so that a NaN ends the window, too
     by_weight = isinstance(every_k, ByWeight)
     k = _number(every_k.fn(state.weight_total[0]) if by_weight else every_k(state.gradient_step), "k")
     if isinstance(k, (int, np.integer)):
         check_every_k(k)
-    return ~(micro_step < k)  # so that a NaN ends the window, too
+    return ~(micro_step < k)
 
 
 def _number(value: Any, name: str) -> Any:

@@ -16,8 +16,7 @@ ADVICE = "Restore it with the options that it was saved with, or start from init
 class AccumulateState(NamedTuple):
     """The state of the transformation that `optaccum.accumulate` returns.
 
-    The fields after `weight_total` hold `()` unless the option named beside them is used; switching one on or
-    off therefore changes the structure of a checkpoint.
+    The fields after `weight_total` hold `()` unless the option named beside them is used.
 
     Attributes:
       micro_step: micro-steps in the open window.

@@ -63,7 +63,8 @@ def value_and_update(
       has_aux: whether `loss_fn` returns (loss, aux).
       in_place: None adds in place where that can be and is of use; True adds in place or raises; False makes the
         gradient first. It cannot be with a skip function, `track_noise_scale`, or a `tx` around an `accumulate`, which
-        need the gradient. Transformations of the step see the form without references. Default: None.
+        need the gradient. In place the backward pass starts from `weight`: what of it is computed in float16 may
+        overflow; False multiplies afterwards, in the accumulator's dtype. Default: None.
 
     Returns:
       `step(params, state, *args, weight=None, denominator=None, emit=None, **extra_args)` -> (loss, params, state), or

@@ -214,17 +214,8 @@ def close(
 ) -> tuple[Any, AccumulateState]:
     """Where the window is full, end it: run the inner optimizer once, unless the window's weight is zero.
 
-    Args:
-      options: of the transformation.
-      state: with the window's sums.
-      full: shape=(), bool.
-      grads: the last gradients, or their shapes and dtypes, for which `inner` would give such updates.
-      params: the parameters.
-      extra_args: for `inner`.
-      in_place: whether to return the parameters; else the updates, which are zero where `inner` does not run.
-
-    Returns:
-      Those, and the state.
+    Returns the new parameters where `in_place`, else the updates, zeros where `inner` does not run; and the state. They
+    are as `inner` gives them for gradients of the structure and dtypes of `grads`.
     """
     emits = full & (state.weight_sum != 0)
     state = _divide(options, state, emits)

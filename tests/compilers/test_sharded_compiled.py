@@ -61,6 +61,12 @@ def test_window(target, gather_dtype, most, axis_type):
         size = num_bytes(SCANNED)
         assert counts.bytes_outside["all-gather"] <= size * 0.51
         assert counts.bytes_outside["reduce-scatter"] <= size / 8 * 1.01
+        options = {"num_microbatches": K, "data_axes": "data", "gather_dtype": gather_dtype}
+        loss = optaccum.microbatched(loss_fn, **options, param_specs=SPECS)
+        same, temp_of_same = compile_for(target, jax.value_and_grad(loss))
+        assert (same, round(temp_of_same, 2)) == (counts, round(temp, 2))
+        replicated, _ = compile_for(target, jax.value_and_grad(optaccum.microbatched(loss_fn, **options)))
+        assert set(replicated.outside) == {"all-gather", "all-reduce"}
 
 
 @pytest.mark.parametrize(("target", "most"), [("v5e:2x4", 0.7), ("h100:1x1x8", 0.9)])

@@ -246,8 +246,8 @@ MUTATIONS = [
     ),
     Mutation(
         "verify: aux goes unseen",
-        "return value, Results(value, (), carry, map_wrappers(_whole_value, aux))",
-        "return value, Results(value, (), carry, ())",
+        "structure.unflatten(grads) if with_grads else (), carry, aux)",
+        "structure.unflatten(grads) if with_grads else (), carry, ())",
         "instruments/test_verify.py -k aux",
     ),
     Mutation(

@@ -11,13 +11,15 @@ L(a, b) = (a L_A + b L_B) / (a + b), in whatever order; what departs from that t
 A constant beside the loss (a penalty on the parameters) changes none of this.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
-from optaccum._instruments.references import Reference, take_micro_batch, take_rows
+from optaccum._instruments.reference import Loop, Reference, is_beside, take_rows
 from optaccum._scanning.call import Call
 from optaccum._scanning.split import batch_size_of
 
@@ -25,146 +27,110 @@ _MAX_PAIRS = 8  # of parts that are mixed
 _EPS = float(np.finfo(np.float32).eps)
 
 _SUM = (
-    "the loss is a sum over the batch, or divided by a constant, where a mean over its examples is meant: "
-    "the accumulated value is 1/{n} of the whole batch's. Return the mean over the examples that the loss "
-    "function is given, or optaccum.WeightedMean(total=the sum, weight=what it is divided by)."
+    "the loss is a sum over the batch, or divided by a constant, where a mean over its examples is meant: accumulated "
+    "it is divided by the micro-batches, {n} on each device. Return the mean over the examples that the loss function "
+    "is given, or optaccum.WeightedMean(total=the sum, weight=what it is divided by)."
 )
 _WEIGHTS = (
-    "unequal weights: the loss divides by a weight (tokens, a mask's sum) that differs between "
-    "micro-batches. Return optaccum.WeightedMean(total, weight) instead of total / weight."
+    "unequal weights: the loss divides by a weight (tokens, a mask's sum) that differs between micro-batches. Return "
+    "optaccum.WeightedMean(total, weight) instead of total / weight."
 )
 _STATISTICS = (
-    "batch statistics: an example's loss depends on the statistics of the examples beside it, as with BatchNorm in "
-    "training or a product of batch means (a load-balancing loss). Accept each micro-batch's own statistics (pass them "
-    "on with carry_argnum), use a norm over each example, or, for statistics of the outputs, compute the outputs with "
-    "optaccum.chunked and the loss on the whole batch."
+    "batch statistics: an example's loss depends on those beside it, as with BatchNorm in training or a product of "
+    "batch means (a load-balancing loss). Accept each micro-batch's own (pass them on with carry_argnum), use a norm "
+    "over each example, or compute the outputs with optaccum.chunked and the loss on the whole batch."
 )
 _TOGETHER = (
-    "rows that belong together: the loss depends on the order of the rows, and micro-batch i is batch[i::{n}]. Give "
-    "rows that belong together an axis of their own, behind the batch's, or split the batch yourself and pass "
-    "presplit=True. (A key that the loss closes over looks like this too: name it with key_argnum.)"
+    "rows that belong together: the loss depends on their order, and micro-batch i is batch[i::{n}]. Give them an axis "
+    "of their own, behind the batch's, or split the batch yourself and pass presplit=True. (A key that the loss closes "
+    "over looks like this too: name it with key_argnum.)"
 )
 _DOES_NOT_SPLIT = (
-    "the loss does not split: it is no mean over examples, as where the examples of a batch see each other (a "
-    "contrastive loss), or where it is divided by the batch size twice. Compute the outputs with optaccum.chunked and "
-    "the loss on the whole batch."
+    "the loss does not split: it is no mean over examples, as where they see each other (a contrastive loss), or where "
+    "it is divided by the batch size twice. Compute the outputs with optaccum.chunked and the loss on the whole batch."
 )
 _KEY = (
-    "a key that matters: the loss is random, and each micro-batch draws from its own key, so the numbers "
-    "differ without being wrong. Verify with dropout off, or with one key for each example, as a leaf of the"
-    " batch."
+    "a key that matters: the loss is random, and each micro-batch draws from its own key, so the numbers differ but "
+    "are not wrong. Verify with dropout off, or with one key for each example, as a leaf of the batch."
 )
 _CARRY = (
-    "a carry that matters: the loss of a micro-batch depends on the state that the one before it returned, "
-    "and a whole batch has none before it. Verify in a mode that only writes the state."
+    "a carry that matters: the loss depends on the state that the micro-batch before returned, and a whole batch has "
+    "none before it. Verify in a mode that only writes the state."
+)
+_COMPILER = (
+    "the compiler is at fault: compare with jax.disable_jit(), with another backend and with in_place=False."
 )
 _GRADIENT = (
     "the loss splits and its value agrees, but its gradient does not: what stop_gradient or a custom gradient hides "
-    "depends on the batch (advantages normalised over it), or the compiler is at fault. Normalise over the whole batch "
-    "before splitting it; compare with jax.disable_jit(), with another backend and with in_place=False."
-)
-_UNTRIED = (
-    "unknown: the loss cannot be evaluated on repeated and mixed parts of the batch, which would tell "
-    "({error}). Usual ones are a sum, unequal weights, batch statistics, and a key or a carry that matters."
-)
-_WHOLE_NOT_FINITE = (
-    "not finite: the whole batch's own value or gradient is infinite or NaN, so there is nothing to compare "
-    "with. Verify at parameters and on a batch where the loss is finite."
-)
-_PART_NOT_FINITE = (
-    "not finite: a micro-batch's value or gradient is infinite or NaN where the whole batch's is not, as 0 /"
-    " 0 is for a micro-batch without weight. Return optaccum.WeightedMean(total, weight) instead of total / "
-    "weight."
-)
-_AUX_SUM = (
-    "{path} is a sum over the examples that the loss is given, and a bare float stands for a mean: it comes back {n} "
-    "times too small. Wrap it in optaccum.Sum; what divides by it belongs into optaccum.WeightedMean(total, weight)."
-)
-_AUX_MEAN = (
-    "{path} is a mean, and optaccum.Sum adds the micro-batches' up: it comes back {n} times too large. Leave it bare, "
-    "or return optaccum.WeightedMean(total, weight)."
-)
-_AUX_WEIGHTS = (
-    "{path} does not combine over micro-batches as {kind} does. A ratio (an accuracy over tokens) is "
-    "optaccum.WeightedMean(total, weight), a count optaccum.Sum; what depends on the whole batch in another way (a "
-    "norm, batch statistics, a key) is each micro-batch's own: optaccum.Stack shows them."
+    f"depends on the batch (advantages: normalise them before splitting it), or {_COMPILER}"
 )
 _LOOP = (
     "{path} is not what the same micro-batches give in a Python loop: devices compute it from their own rows or keys "
-    "(count with optaccum.Sum in aux), or the compiler is at fault. Compare with jax.disable_jit(), with another "
-    "backend and with in_place=False."
+    f"(count with optaccum.Sum in aux), or {_COMPILER}"
 )
+_AUX = (
+    "{path} does not combine over micro-batches as it stands. A sum or a count is optaccum.Sum(x), a mean over "
+    "examples a bare float, a ratio (an accuracy over tokens) optaccum.WeightedMean(total, weight); what depends on "
+    "the whole batch in another way (a norm, a key) is each micro-batch's own: optaccum.Stack shows them."
+)
+_WHOLE_NOT_FINITE = (
+    "not finite: the whole batch's own value, gradient or aux is not. Verify where it is finite."
+)
+_PART_NOT_FINITE = (
+    "not finite: a micro-batch's value, gradient or aux is infinite or NaN where the whole batch's is not, as 0 / 0 is "
+    "without weight. Return optaccum.WeightedMean(total, weight) instead of total / weight."
+)
+_UNTRIED = "unknown: the loss raises on repeated and mixed parts of the batch, which would tell: {error}"
 
 
-def explain_not_finite(expected_is_finite: bool) -> str:
-    """The cause where numbers are infinite or NaN."""
-    return _PART_NOT_FINITE if expected_is_finite else _WHOLE_NOT_FINITE
+def explain(
+    errors: dict[str, float], tolerance: float, reference: Reference, carry: Any, resolution: float
+) -> str:
+    """The likely cause of relative errors of which one exceeds the tolerance, and the way out.
 
-
-def explain_loop(path: str) -> str:
-    """The cause where one differs from a Python loop over the same micro-batches."""
-    return _LOOP.format(path=path)
-
-
-def explain_aux(path: str, kind: str, ratio: float, n: int, batch_size: int) -> str:
-    """The cause where a leaf of aux differs from the whole batch's.
-
-    Args:
-      path: the leaf's.
-      kind: of wrapper; empty for a bare leaf.
-      ratio: accumulated leaf / the whole batch's.
-      n: micro-batches.
-      batch_size: examples.
+    The carry is as the last micro-batch left it; the resolution is the rounding error of the loss, absolute.
     """
-    # Micro-batches of one and the next size average a sum to something between these shares of it.
-    shares = (batch_size // n / batch_size, -(-batch_size // n) / batch_size)
-    cause = _AUX_WEIGHTS
-    if not kind and 0.99 * shares[0] <= ratio <= 1.01 * shares[1]:
-        cause = _AUX_SUM
-    elif kind == "Sum" and 0.8 * n <= ratio <= 1.2 * n:
-        cause = _AUX_MEAN
-    return cause.format(path=path, kind=kind or "a mean over examples", n=n)
+    if any(map(math.isnan, errors.values())):
+        is_finite = all(np.isfinite(x).all() for x in reference.expected.values())
+        return _PART_NOT_FINITE if is_finite else _WHOLE_NOT_FINITE
+    of_loss = {path for path, error in errors.items() if error > tolerance and not is_beside(path)}
+    if of_loss <= reference.in_loop:
+        worst = max(errors, key=errors.__getitem__)
+        return (_LOOP if worst in reference.in_loop else _AUX).format(path=worst or "the gradient")
+    cause = diagnose(reference.loop, reference.call, reference.n, carry, resolution)
+    return cause or (_DOES_NOT_SPLIT if "value" in of_loss else _GRADIENT)
 
 
-def diagnose(reference: Reference, call: Call, n: int, *, resolution: float, value_agrees: bool) -> str:
-    """The likely cause of a disagreement between finite values or gradients, and the way out.
-
-    Args:
-      reference: has the loss of any call.
-      call: the whole batch's.
-      n: micro-batches.
-      resolution: rounding error of the loss, absolute.
-      value_agrees: whether only gradients disagree.
-    """
+def diagnose(loop: Loop, call: Call, n: int, carry: Any, resolution: float) -> str:
+    """What the loss is, from its values; empty for a mean over examples."""
     try:
-        cause = _randomness(reference, call, n) or _departure(reference, call, n, resolution)
+        cause = _randomness(loop, call, carry) or _departure(loop, call, n, resolution)
     except Exception as error:  # whatever a loss raises on batches that were never meant for it
         return _UNTRIED.format(error=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
-    return (cause or (_GRADIENT if value_agrees else _DOES_NOT_SPLIT)).format(n=n)
+    return cause.format(n=n)
 
 
-def _randomness(reference: Reference, call: Call, n: int) -> str:
+def _value(loop: Loop, call: Call, **changed: Any) -> float:
+    call = call._replace(**changed)
+    return float(loop.results_of(call, [call.batch], with_grads=False)["value"])
+
+
+def _randomness(loop: Loop, call: Call, carry: Any) -> str:
     """Whether the key matters, or the carry; empty for neither."""
-
-    def value(**changed):
-        return float(reference.value_of(call._replace(**changed)).value)
-
-    other_key = jax.tree.map(lambda key: jax.random.fold_in(key, 1), call.key)
-    if jax.tree.leaves(other_key) and value(key=other_key) != value():
+    key = jax.tree.map(lambda key: jax.random.fold_in(key, 1), call.key)
+    if jax.tree.leaves(key) and _value(loop, call, key=key) != _value(loop, call):
         return _KEY
-    if jax.tree.leaves(call.carry):
-        part = take_micro_batch(call, 0, n, reference.num_devices)
-        if value(carry=reference.value_of(part).carry) != value():
-            return _CARRY
+    if jax.tree.leaves(carry) and _value(loop, call, carry=carry) != _value(loop, call):
+        return _CARRY
     return ""
 
 
-def _departure(reference: Reference, call: Call, n: int, resolution: float) -> str:
+def _departure(loop: Loop, call: Call, n: int, resolution: float) -> str:
     """What most pairs of parts of the batch say that the loss is; empty for a mean over examples."""
-    size, num_devices = batch_size_of(call.batch), reference.num_devices
+    size, num_devices = batch_size_of(call.batch), loop.num_devices
 
     def loss(*parts):
-        return float(reference.value_of(take_rows(call, np.concatenate(parts))).value)
+        return _value(loop, call, batch=take_rows(call.batch, np.concatenate(parts)))
 
     by_device = np.arange(size).reshape(num_devices, -1)
     in_order, reordered = loss(*by_device), loss(*(rows[i::n] for rows in by_device for i in range(n)))
@@ -190,15 +156,10 @@ def _kind(loss: Callable[..., float], some: np.ndarray, others: np.ndarray, reso
         return _SUM if abs(second - first) <= 0.05 * abs(first) else _DOES_NOT_SPLIT
     # How far the loss has gone from A to B at one third and two thirds of B; a mean goes as far.
     way = last - thrice
-    at = loss(some, some, others) - thrice, loss(some, others, others) - thrice
-    if abs(at[0] - way / 3) <= resolution and abs(at[1] - 2 * way / 3) <= resolution:
+    third, two_thirds = loss(some, some, others) - thrice, loss(some, others, others) - thrice
+    if max(abs(third - way / 3), abs(two_thirds - 2 * way / 3)) <= resolution:
         return ""
-    share = at[0] / way if way else np.inf
-    misfit_of_product = abs(
-        3 * at[0] - 3 * at[1] + way
-    )  # of two batch means: of degree two in the share of B
-    if 0 < share < 1 and abs(at[1] - way * 4 * share / (1 + 3 * share)) <= min(
-        4 * resolution, misfit_of_product
-    ):
-        return _WEIGHTS  # 2 w_B / (w_A + 2 w_B), given w_B / (2 w_A + w_B)
-    return _STATISTICS
+    share = third / way if way else math.inf
+    of_weights = abs(two_thirds - way * 4 * share / (1 + 3 * share)) if 0 < share < 1 else math.inf
+    of_product = abs(3 * third - 3 * two_thirds + way)  # of two batch means: of degree two in the share of B
+    return _WEIGHTS if of_weights <= min(4 * resolution, of_product) else _STATISTICS

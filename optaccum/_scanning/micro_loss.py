@@ -57,7 +57,7 @@ def trace_loss(
             key = fold_in(key, lax.axis_index(options.data_axes))
         call = with_diff(diff)._replace(batch=micro_batch, key=key, carry=jax.tree.map(stop_gradient, carry))
         args, kwargs = join_call(layout, call)
-        loss, carry, aux = _unpack(loss_fn(*args, **kwargs), options)
+        loss, carry, aux = unpack(loss_fn(*args, **kwargs), options)
         return loss_terms(loss, batch_size_of(micro_batch) / num_rows), carry, aux
 
     call = with_diff(diff)
@@ -98,7 +98,7 @@ def as_it_came(losses: list[MicroLoss], before: PyTree, after: PyTree) -> PyTree
     return structure.unflatten([stop_gradient(old[i]) if is_untouched(i) else x for i, x in enumerate(new)])
 
 
-def _unpack(out: Any, options: Options) -> tuple[Any, PyTree, PyTree]:
+def unpack(out: Any, options: Options) -> tuple[Any, PyTree, PyTree]:
     """(loss, carry, aux) of what the loss function returned."""
 
     def pair(x, expected):

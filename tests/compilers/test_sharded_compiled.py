@@ -1,6 +1,7 @@
 """Parameters sharded over eight devices: what crosses, and what it holds, as the accelerators' compilers have it."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,7 @@ def test_on_h100_sums_laid_out_before_the_gather_are_held_beside_two_copies():
             sums = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), params)
 
             def body(_, own):
+                vjp: Any
                 loss, vjp = jax.vjp(lambda p: loss_fn(p, own), params)
                 vjp.with_refs(sums)(jnp.ones_like(loss))
                 return (), None

@@ -48,3 +48,12 @@ def test_nor_a_cast_copy_of_all_layers(target):
     """docs/memory.md: what keeps TPU's compiler from making it."""
     step = optaccum.value_and_update(uncast_loss, TX)
     assert compile_step(step, target) < {"v5e:1x1": 0.1, "h100:1x1x1": 0.45}[target]
+
+
+def test_nor_does_a_window_on_tpu():
+    def temp(loss):
+        grad_fn = optaccum.value_and_grad(loss, num_microbatches=4)
+        return temp_copies(Program(grad_fn, (SCANNED, batch(SCANNED))).compile("v5e:1x1"), SCANNED)
+
+    assert temp(uncast_loss) < 0.05
+    assert temp(loss_fn) > 0.2

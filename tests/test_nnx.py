@@ -82,16 +82,6 @@ def test_each_micro_batch_draws_its_own_dropout():
     assert (again == masks).all()
 
 
-def test_filters_choose_what_is_differentiated():
-    kernels = nnx.DiffState(0, nnx.PathContains("kernel"))
-    plain = nnx.value_and_grad(loss_fn, has_aux=True, argnums=kernels)(Model(nnx.Rngs(0)), inputs())[1]
-    grads = optaccum.nnx.value_and_grad(loss_fn, has_aux=True, argnums=kernels, num_microbatches=N)(
-        Model(nnx.Rngs(0)), inputs()
-    )[1]
-    assert jax.tree.structure(grads) == jax.tree.structure(plain)
-    assert [g.shape for g in jax.tree.leaves(grads)] == [(3, 4)]
-
-
 def test_weighted_mean_is_the_whole_batchs():
     def total_and_weight(model, batch):
         return (model.linear(batch["x"]).sum(-1) * batch["mask"]).sum(), batch["mask"].sum()

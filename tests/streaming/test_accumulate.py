@@ -193,13 +193,6 @@ def test_it_is_found_in_what_it_is_composed_with_and_its_parameters_are_mapped()
         assert len(jax.tree.leaves(mapped)) == len(jax.tree.leaves(states[-1]))
 
 
-def test_a_window_of_windows_is_the_mean_over_all():
-    tx = optaccum.accumulate(optaccum.accumulate(optax.identity(), 2), 2)
-    updates, states = run(tx, GRADS[:4])
-    assert_trees_close(updates[3], weighted_mean(GRADS[:4], [1] * 4))
-    assert [bool(optaccum.has_updated(s)) for s in states] == [False, False, False, True]
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -71,11 +71,7 @@ class Count(NamedTuple):
 
 
 def enter(
-    options: Options,
-    grads: optax.Updates,
-    state: AccumulateState,
-    params: optax.Params | None,
-    given: Given,
+    options: Options, grads: optax.Updates, state: AccumulateState, params: optax.Params | None, given: Given
 ) -> tuple[AccumulateState, jax.Array]:
     """The state with this micro-step in its window, and whether the window ends with it; shape=(), bool."""
     check_is_state(state)

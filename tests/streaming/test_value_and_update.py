@@ -231,6 +231,18 @@ def test_bf16_parameters_add_into_float32_sums(in_place):
         optaccum.value_and_update(mean_loss, narrow, in_place=True)(PARAMS, narrow.init(PARAMS), *BATCHES[0])
 
 
+def test_out_of_place_a_large_weight_does_not_overflow_in_float16():
+    tx, w, x = optaccum.accumulate(optax.sgd(0.1), 2), jnp.ones(3), jnp.ones((4, 3), jnp.float16)
+
+    def sum_of(in_place, weight):
+        step = optaccum.value_and_update(lambda w, x: jnp.mean(w.astype(x.dtype) * x), tx, in_place=in_place)
+        return step(w, tx.init(w), x, weight=weight)[2].grad_sum
+
+    assert_trees_close(sum_of(True, 6e4), sum_of(False, 6e4), rtol=1e-2)
+    assert_trees_close(sum_of(False, 6e6), jnp.full(3, 2e6), rtol=1e-2)
+    assert jnp.isinf(sum_of(True, 6e6)).all()
+
+
 @pytest.mark.parametrize("in_place", [None, True])
 def test_aux_and_the_loss_as_an_averaged_extra_arg(in_place):
     tx = optaccum.accumulate(optax.polyak_sgd(1.0), 2, averaged_extra_args=("value",))

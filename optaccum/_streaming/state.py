@@ -55,12 +55,7 @@ def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def add_to_total(total: jax.Array, weight: jax.Array) -> jax.Array:
-    """`total + weight` in two float32 words, renormalised; exact to 2^48.
-
-    Args:
-      total: shape=(2,), float32.
-      weight: shape=(), float32.
-    """
+    """`total + weight`, the total in two float32 words, shape=(2,), renormalised; exact to 2^48."""
     high, low = total
     rounded, lost = two_sum(high, weight)
     low = low + lost
@@ -123,7 +118,7 @@ def weight_total(opt_state: Any) -> float:
 
 
 def find_states(opt_state: Any) -> list[AccumulateState]:
-    """Every `AccumulateState` in a pytree, except those inside another's `inner_state`; one at least."""
+    """As `states_in`; one at least."""
     states = states_in(opt_state)
     if not states:
         raise ValueError(

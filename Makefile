@@ -59,7 +59,7 @@ docs: $(VENV)/.installed-docs ## Build the documentation into site/, strictly an
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
 	@echo "The documentation: site/index.html"
 
-figures: $(VENV)/.installed-bench ## Draw the documentation's figures anew
+figures: $(VENV)/.installed-examples ## Draw the documentation's figures anew
 	@$(BIN)/python docs/figures/draw.py $(ARGS)
 
 dist: $(VENV)/.installed-dist ## Build a wheel and a source release into dist/, and check them

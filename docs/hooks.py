@@ -30,7 +30,10 @@ class _Formulas(Preprocessor):
         return _ROLE.sub(r"`\1`", text).split("\n")
 
     def _stash(self, latex: str, display: str) -> str:
-        return self.md.htmlStash.store(convert(" ".join(latex.split()), display=display))
+        formula = convert(" ".join(latex.split()), display=display)
+        return self.md.htmlStash.store(
+            f'<div class="formula">{formula}</div>' if display == "block" else formula
+        )
 
 
 class _FormulasExtension(Extension):

@@ -91,33 +91,40 @@ def _layer(x: jax.Array, layer: PyTree) -> jax.Array:
     return x + hidden @ layer["contract"]
 
 
-def logits_of(params: PyTree, inputs: jax.Array, dtype: Any) -> jax.Array:
+def logits_of(params: PyTree, inputs: jax.Array, dtype: Any, rows_on: Any) -> jax.Array:
     """Logits of the byte after each; a layer's activations are computed again in the backward pass.
 
     Args:
       params: as `init_params` gives them.
       inputs: shape=(batch, length), integers.
       dtype: to compute in.
+      rows_on: None, or a sharding to hold activations to.
 
     Returns:
       shape=(batch, length, 256), float32.
     """
     x = (params["embedding"][inputs] + params["positions"]).astype(dtype)
+    x = x if rows_on is None else lax.with_sharding_constraint(x, rows_on)
     step = jax.checkpoint(lambda x, layer: (_layer(x, layer), None), prevent_cse=False)
     x, _ = lax.scan(step, x, params["layers"])
     x = _norm(x, params["norm"])
     return jnp.einsum("btd,vd->btv", x, params["embedding"].astype(dtype), preferred_element_type=jnp.float32)
 
 
-def loss_fn(params: PyTree, rows: jax.Array, dtype: Any = jnp.float32) -> optaccum.WeightedMean:
+def loss_fn(
+    params: PyTree, rows: jax.Array, dtype: Any = jnp.float32, rows_on: Any = None
+) -> optaccum.WeightedMean:
     """Cross-entropy per byte of text: padding does not count, however much of it a micro-batch has.
 
     Args:
       params: as `init_params` gives them.
       rows: shape=(batch, length + 1), uint8; zeros after the first column are padding.
       dtype: to compute in.
+      rows_on: how activations are sharded, where JAX places the collectives: it might shard them as the embedding.
     """
     inputs, targets = rows[:, :-1].astype(jnp.int32), rows[:, 1:].astype(jnp.int32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits_of(params, inputs, dtype), targets)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits_of(params, inputs, dtype, rows_on), targets
+    )
     is_text = targets != 0
     return optaccum.WeightedMean(jnp.sum(losses, where=is_text), jnp.sum(is_text))

@@ -150,13 +150,16 @@ def specs_of(args: argparse.Namespace) -> PyTree:
     return transformer.FSDP_SPECS if args.fsdp else transformer.SPECS
 
 
-def make_step(args: argparse.Namespace, tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
+def make_step(
+    args: argparse.Namespace, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
+) -> Callable[..., Any]:
     """One call: a batch's gradient, crossing hosts once, enters the window."""
     dtype = jnp.bfloat16 if args.bfloat16 else jnp.float32
     once = {"data_axes": "data", "param_specs": specs_of(args), "gather_dtype": dtype}
     once["shard_sums"] = args.fsdp == "sums"
+    rows_on = NamedSharding(mesh, P("data")) if args.fsdp == "layers" else None
     grad_fn = optaccum.value_and_grad(
-        functools.partial(transformer.loss_fn, dtype=dtype),
+        functools.partial(transformer.loss_fn, dtype=dtype, rows_on=rows_on),
         num_microbatches=args.microbatches,
         return_info=True,
         **({} if args.fsdp == "layers" else once),
@@ -215,7 +218,7 @@ def compile_for(args: argparse.Namespace) -> _compile_for.CompiledFor | dict[str
 
     def make_jitted(num_microbatches, fsdp=args.fsdp):
         varied = argparse.Namespace(**vars(args) | {"microbatches": num_microbatches, "fsdp": fsdp})
-        return jit_step(make_step(varied, tx), state, mesh)
+        return jit_step(make_step(varied, tx, mesh), state, mesh)
 
     rows_per_device = args.batch_size // mesh.shape["data"]
     step_args = state["params"], state["opt_state"], rows, stop
@@ -306,7 +309,7 @@ def train(args: argparse.Namespace) -> Result:
             f"{jax.process_count()} hosts, {dict(mesh.shape)} devices, {len(rows):,} rows of text; "
             f"from call {first_call}"
         )
-        run = Run(args, mesh, rows, make_step(args, tx), manager, stop_wishes)
+        run = Run(args, mesh, rows, make_step(args, tx, mesh), manager, stop_wishes)
         state, stopped, compiled = run_calls(run, first_call, state, record)
     return Result(
         first_call=first_call,

@@ -75,10 +75,10 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], bend
 def window(figure: Figure, colors: dict[str, str]) -> None:
     """The window of micro-steps as a state machine, and the three ways in which one ends."""
     axes = figure.subplots()
-    axes.set(xlim=(0, 10.3), ylim=(-2.6, 4.5), aspect="equal")
+    axes.set(xlim=(0, 10.6), ylim=(-2.6, 4.5), aspect="equal")
     axes.axis("off")
-    box(axes, 0.2, 1.9, 2.2, 1.3, "closed", "micro_step = 0\nsums are leftovers", colors)
-    box(axes, 6.1, 1.9, 2.2, 1.3, "open", "micro_step > 0\nsums S and W", colors)
+    box(axes, 0.05, 1.9, 2.4, 1.3, "closed", "micro_step = 0\nsums are leftovers", colors)
+    box(axes, 6.1, 1.9, 2.3, 1.3, "open", "micro_step > 0\nsums S and W", colors)
     box(axes, 2.65, 0.1, 3.2, 1.05, "emit", "inner runs once on S / W", colors)
 
     def label(x, y, text, **kwargs):
@@ -87,13 +87,13 @@ def window(figure: Figure, colors: dict[str, str]) -> None:
     ink = colors["ink"]
     arrow(axes, (1.3, 3.2), (7.2, 3.2), -0.24, ink)
     label(4.25, 4.2, "the first micro-step overwrites:  S ← w g,  W ← w")
-    arrow(axes, (8.3, 2.9), (8.3, 2.2), -1.9, ink)
-    label(9.6, 2.55, "S ← S + w g\nW ← W + w")
+    arrow(axes, (8.4, 2.9), (8.4, 2.2), -1.9, ink)
+    label(9.85, 2.55, "S ← S + w g\nW ← W + w")
     arrow(axes, (7.2, 1.9), (5.85, 0.6), -0.3, ink)
     label(7.95, 0.85, "the last micro-step,\nor flush")
     arrow(axes, (2.65, 0.6), (1.3, 1.9), -0.3, ink)
-    label(0.95, 0.85, "has_updated,\ngradient_step + 1")
-    arrow(axes, (6.1, 2.55), (2.4, 2.55), 0.0, colors["second"])
+    label(0.9, 0.38, "has_updated,\ngradient_step + 1")
+    arrow(axes, (6.1, 2.55), (2.45, 2.55), 0.0, colors["second"])
     label(4.25, 2.83, "the last micro-step, but W = 0:", color=colors["second"])
     label(4.25, 2.27, "nothing runs, nothing counts", color=colors["second"])
 
@@ -174,15 +174,12 @@ def memory(measured: dict[bool, dict[int, float]]) -> Callable[[Figure, dict[str
     return draw
 
 
-def read_table(title: str) -> dict[str, dict[str, float]]:
-    """A table of the benchmark as compiled for accelerators, by its first heading: row -> column -> number."""
-    lines = (ROOT / "benchmarks" / "RESULTS.md").read_text().partition("\n## As compiled")[2].splitlines()
+def read_table(text: str, title: str) -> tuple[list[str], dict[str, list[float]]]:
+    """A table of numbers, by its first heading: the other headings, and the rows by name."""
+    lines = text.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith(f"| {title} |"))
     rows = [line.strip("| ").split(" | ") for line in itertools.takewhile(str.strip, lines[first:])]
-    return {
-        row[0]: {column: float(cell) for column, cell in zip(rows[0][1:], row[1:], strict=True)}
-        for row in rows[2:]
-    }
+    return rows[0][1:], {row[0]: [float(cell) for cell in row[1:]] for row in rows[2:]}
 
 
 PANELS = {
@@ -206,17 +203,18 @@ PANELS = {
 
 def read_overview() -> dict[str, dict[str, dict[str, float]]]:
     """By panel, bar and device, what the accelerators' own compilers say; in copies of the parameters."""
+    text = (ROOT / "benchmarks" / "RESULTS.md").read_text().partition("\n## As compiled")[2]
     return {
         panel: {
             name: {
                 column.partition(":")[0]: number
-                for column, number in rows[row].items()
+                for column, number in zip(columns, rows[row], strict=True)
                 if column.endswith(column_end)
             }
             for row, name in names.items()
         }
         for panel, (title, column_end, names) in PANELS.items()
-        for rows in [read_table(title)]
+        for columns, rows in [read_table(text, title)]
     }
 
 
@@ -224,7 +222,10 @@ def overview(read: dict[str, dict[str, dict[str, float]]]) -> Callable[[Figure, 
     """Bars in pairs, TPU above H100; the library's in colour."""
 
     def draw(figure, colors):
-        for axes, (title, bars) in zip(figure.subplots(1, 2), read.items(), strict=True):
+        parts = figure.subfigures(2, 1, height_ratios=[2, 3])
+        for part, (title, bars) in zip(parts, read.items(), strict=True):
+            part.suptitle(title, x=0.02, ha="left", fontsize=11)
+            axes = part.subplots()
             for place, (name, numbers) in enumerate(bars.items()):
                 color = colors["first"] if "optaccum" in name else colors["faint"]
                 for offset, (device, number) in zip((-0.2, 0.2), numbers.items(), strict=True):
@@ -234,26 +235,73 @@ def overview(read: dict[str, dict[str, dict[str, float]]]) -> Callable[[Figure, 
                     decimals = ".2f" if number < 10 else ".0f"
                     axes.bar_label(drawn, [f"{number:{decimals}}  {device}"], padding=5, fontsize=9)
             axes.set_yticks(range(len(bars)), list(bars))
-            axes.set_title(title, fontsize=11, loc="left")
             axes.set_xlim(0, 1.45 * max(max(numbers.values()) for numbers in bars.values()))
             axes.invert_yaxis()
             axes.set_xticks([])
             axes.tick_params(left=False)
             axes.spines[["top", "right", "bottom"]].set_visible(False)
-        figure.supxlabel("in copies of the parameters, as compiled for TPU v5e and H100", fontsize=11)
+        parts[-1].supxlabel("in copies of the parameters, as compiled for TPU v5e and H100", fontsize=10)
+
+    return draw
+
+
+def read_sharding() -> dict[str, list[float]]:
+    """By layout: kept, held by formula and as compiled for TPU v5e and H100, sent likewise; bytes a parameter."""
+    page = (ROOT / "docs" / "across_devices.md").read_text()
+    return read_table(page, "k = 8, D = 8")[1]
+
+
+def sharding(layouts: dict[str, list[float]]) -> Callable[[Figure, dict[str, str]], None]:
+    """Bytes sent against bytes held: a disc where the formulas say, marks where the compilers end up."""
+
+    def draw(figure, colors):
+        axes = figure.subplots()
+        for name, (kept, formula, *held, sent_by_formula, tpu_sent, gpu_sent) in layouts.items():
+            if name == "window, float32":  # beside ZeRO-1: the page's table has it
+                continue
+            places = [(kept + more, y) for more, y in zip(held, (tpu_sent, gpu_sent), strict=True)]
+            for marker, (x, y) in zip("^s", places, strict=True):
+                line = [kept + formula, x], [sent_by_formula, y]
+                axes.plot(*line, color=colors["second"], linewidth=0.8, alpha=0.6)
+                axes.plot(x, y, marker, markersize=5, color=colors["second"], fillstyle="none")
+            axes.plot(kept + formula, sent_by_formula, "o", markersize=8, color=colors["first"])
+            above = name in ("replicated, as JAX places it", "layer by layer")
+            at = min(places, key=lambda place: (-place[1], -place[0])) if above else max(places)
+            axes.annotate(
+                name,
+                at,
+                (10, 8) if above else (9, -4),
+                textcoords="offset points",
+                ha="right" if at[0] > 20 else "left" if not above else "center",
+                fontsize=10,
+            )
+        for marker, color, fill, label in (
+            ("o", "first", "full", "by formula"),
+            ("^", "second", "none", "compiled for TPU v5e"),
+            ("s", "second", "none", "compiled for H100"),
+        ):
+            axes.plot([], [], marker, color=colors[color], fillstyle=fill, label=label)
+        axes.legend(frameon=False, loc="upper right", fontsize=9)
+        axes.set(yscale="log", xlim=(0, 26), ylim=(3.5, 110))
+        axes.set_yticks([4, 8, 16, 32, 64], ["4", "8", "16", "32", "64"])
+        axes.minorticks_off()
+        axes.set_xlabel("held, parameters and Adam's state included (bytes a parameter)")
+        axes.set_ylabel("sent in a window of 8 (bytes a parameter)")
+        axes.spines[["top", "right"]].set_visible(False)
 
     return draw
 
 
 def main() -> dict[bool, dict[int, float]]:
     """Draws all figures; returns what was measured."""
-    save(window, "window", (9, 6.2))
+    save(window, "window", (6.8, 4.7))
     measured = measure_memory()
     print(f"micro-batches   alone   with jax.checkpoint   (MB of temp memory; JAX {jax.__version__})")
     for n in measured[False]:
         print(f"{n:13} {measured[False][n]:7.1f} {measured[True][n]:21.1f}")
-    save(memory(measured), "memory", (7, 3.8))
-    save(overview(read_overview()), "overview", (10.5, 2.8))
+    save(memory(measured), "memory", (6.2, 3.6))
+    save(overview(read_overview()), "overview", (6.2, 3.5))
+    save(sharding(read_sharding()), "sharding", (6.2, 4.2))
     return measured
 
 

@@ -71,7 +71,7 @@ def has_updated(opt_state: Any) -> jax.Array:
         `optax.partition`, a whole `TrainState`).
 
     Returns:
-      A bool array, shape=(): True exactly if the last call emitted an update; of several states, if all have.
+      True exactly if the last call emitted an update, as a bool array of shape (); of several states, if all have.
 
     Raises:
       ValueError: `opt_state` holds no `AccumulateState`.

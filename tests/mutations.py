@@ -251,6 +251,18 @@ MUTATIONS = [
         "instruments/test_verify.py -k aux",
     ),
     Mutation(
+        "verify: what is dropped counts",
+        "kept &= jnp.stack(",
+        "_ = kept & jnp.stack(",
+        "instruments/test_verify.py -k dropped",
+    ),
+    Mutation(
+        "verify: a maximum is divided like a sum",
+        "xs[0] if m else sum(map(_ratio, xs, weights))",
+        "sum(map(_ratio, xs, weights))",
+        "instruments/test_verify.py -k maximum",
+    ),
+    Mutation(
         "verify: the order of the rows goes unasked",
         "        return _TOGETHER\n",
         "        pass\n",

@@ -24,7 +24,6 @@ from optaccum._scanning.call import Call
 from optaccum._scanning.split import batch_size_of
 
 _MAX_PAIRS = 8  # of parts that are mixed
-_EPS = float(np.finfo(np.float32).eps)
 
 _SUM = (
     "the loss is a sum over the batch, or divided by a constant, where a mean over its examples is meant: accumulated "
@@ -88,7 +87,7 @@ def explain(
 ) -> str:
     """The likely cause of relative errors of which one exceeds the tolerance, and the way out.
 
-    The carry is as the last micro-batch left it; the resolution is the rounding error of the loss, absolute.
+    The carry is as the last micro-batch left it; the resolution is what rounding may do to the loss, absolute.
     """
     if any(map(math.isnan, errors.values())):
         is_finite = all(np.isfinite(x).all() for x in reference.expected.values())
@@ -134,7 +133,7 @@ def _departure(loop: Loop, call: Call, n: int, resolution: float) -> str:
 
     by_device = np.arange(size).reshape(num_devices, -1)
     in_order, reordered = loss(*by_device), loss(*(rows[i::n] for rows in by_device for i in range(n)))
-    if abs(reordered - in_order) > 4 * max(resolution, _EPS * abs(in_order)):
+    if abs(reordered - in_order) > resolution:
         return _TOGETHER
     # Three parts together are no larger than the batch, which fits.
     rows = max(min(size // n, size // 3) // num_devices, 1) * num_devices
@@ -150,7 +149,6 @@ def _kind(loss: Callable[..., float], some: np.ndarray, others: np.ndarray, reso
     last = loss(others, others, others)
     if not np.isfinite([once, twice, thrice, last]).all():
         return ""
-    resolution = 4 * max(resolution, _EPS * max(map(abs, (once, twice, thrice, last))))
     if abs(twice - once) > resolution:
         first, second = twice - once, thrice - twice
         return _SUM if abs(second - first) <= 0.05 * abs(first) else _DOES_NOT_SPLIT

@@ -1,13 +1,14 @@
 """How many micro-batches does this step need, in this much memory?"""
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh
+
+from optaccum._scanning.split import check_positive_int
 
 # Padding and alignment weigh so much in micro-batches up to this size that a smaller one may need more than a larger.
 _UNRELIABLE_SIZE = 8
@@ -96,7 +97,8 @@ def plan_microbatches(
       >>> plan.num_microbatches, plan.microbatch_size
       (4, 16)
     """
-    sizes = _divisors(_positive_int(batch_size))
+    check_positive_int(batch_size, "batch_size")
+    sizes = _divisors(int(batch_size))
     limit = _limit(memory_limit, args)
     needs: dict[int, int | float] = {}  # micro-batch size -> the bytes of its program
     probes: list[Probe] = []
@@ -182,18 +184,6 @@ def _memory_stats(device: Any) -> dict[str, int]:
 def _divisors(number: int) -> list[int]:
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
-
-
-def _positive_int(batch_size: int) -> int:
-    try:
-        number = operator.index(batch_size)
-    except TypeError:
-        number = None
-    if number is None or isinstance(batch_size, bool):
-        raise TypeError(f"expected batch_size to be an int; got {batch_size!r}.")
-    if number < 1:
-        raise ValueError(f"expected batch_size to be at least 1; got {number}.")
-    return number
 
 
 def _nothing_fits(probes: Sequence[Probe], limit: int) -> str:

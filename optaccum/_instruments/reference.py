@@ -76,14 +76,7 @@ def make_loop(loss: Callable[[Call], Any], options: Options, mesh: Any, axes: tu
     return Loop(options, math.prod(mesh.shape[axis] for axis in axes), step)
 
 
-def _step(
-    loss: Callable[[Call], Any],
-    options: Options,
-    axes: tuple[str, ...],
-    with_grads: bool,
-    own: Any,
-    others: Any,
-) -> tuple[dict[str, list[jax.Array]], PyTree]:
+def _step(loss: Any, options: Options, axes: tuple[str, ...], with_grads: bool, own: Any, others: Any) -> Any:
     """One micro-batch on one device.
 
     From (batch, carry) and (the micro-batch's index, whether it counts, call): each term's [total, weight, *gradients],

@@ -131,10 +131,8 @@ def verify(
         part = reference.loop.results_of(reference.call, [reference.micro_batch(0)])
         errors, sizes = compare(max(gradient, _gradient_size(part)))
     worst = max(errors.values(), key=_order)
-    cause = ""
-    if not worst <= tolerance:
-        # A value rounds far less than a gradient.
-        cause = explain(errors, tolerance, reference, carry, compute / 20 * sizes["value"])
+    resolution = compute / 5 * sizes["value"]  # a value rounds less than a gradient
+    cause = "" if worst <= tolerance else explain(errors, tolerance, reference, carry, resolution)
     return VerifyReport(
         ok=worst <= tolerance,
         max_relative_error=worst,

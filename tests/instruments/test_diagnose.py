@@ -151,7 +151,8 @@ def diagnosed(loss_fn, params, batch, n):
     options = optaccum.value_and_grad(loss_fn, num_microbatches=n).options
     call, _ = split_call(options.roles, (params, batch), {})
     loop = make_loop(lambda call: (loss_fn(*call.diff, *call.batch), (), ()), options, None, ())
-    return diagnose(loop, call, n, (), resolution=1e-6)
+    value = loop.results_of(call, [call.batch], with_grads=False)["value"]
+    return diagnose(loop, call, n, (), resolution=2e-5 * abs(value))
 
 
 @pytest.mark.parametrize("name", CAUSES)

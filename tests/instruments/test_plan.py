@@ -280,7 +280,7 @@ def test_limits_and_sizes_of_other_types(limit, n):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"batch_size": 0}, ValueError, "batch_size to be at least 1; got 0"),
+        ({"batch_size": 0}, ValueError, "batch_size to be an int >= 1; got 0"),
         ({"batch_size": -8}, ValueError, "batch_size"),
         ({"batch_size": 8.0}, TypeError, "batch_size to be an int"),
         ({"batch_size": True}, TypeError, "batch_size"),

@@ -188,6 +188,32 @@ def test_what_is_dropped_is_dropped_in_the_loop_too():
     assert optaccum.verify(loss_fn, params, batch, batch["y"][3, 0], **options).ok
 
 
+@jax.custom_vjp
+def observed(x, largest):
+    """x; the gradient of the second argument is the largest |x|."""
+    return x
+
+
+observed.defvjp(lambda x, largest: (x, jnp.abs(x).max()), lambda largest, g: (g, largest))
+
+
+def test_gradients_that_are_reduced_to_their_maximum():
+    def loss_fn(params, x):
+        each = observed(x @ params["w"], params["largest"])
+        return optaccum.WeightedMean(each.sum(), each.size)
+
+    def reduction_of(path, leaf):
+        return "max" if "largest" in jax.tree_util.keystr(path) else "mean"
+
+    params, batch = problem()
+    params = {"w": params["w"][:, 0], "largest": jnp.float32(0)}
+    for x, options in [(batch["x"], {"num_microbatches": 4}), (presplit(batch["x"], 4), {"presplit": True})]:
+        report = optaccum.verify(loss_fn, params, x, **options, grad_reduction_fn=reduction_of)
+        assert report.ok, str(report)
+    report = optaccum.verify(loss_fn, params, batch["x"], num_microbatches=4)
+    assert [path for path, error in report.leaves.items() if error > report.rtol] == ["['largest']"]
+
+
 def in_bf16(loss_fn):
     return lambda params, batch: loss_fn(*jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, batch)))
 

@@ -221,10 +221,8 @@ def _add(counts: CollectiveCounts, found: CollectiveCounts, repeats: bool) -> No
 
 def _num_bytes(type_: str) -> int:
     """Of an array, or of a tuple of arrays; tokens have none."""
-
-    def num_bits(dtype, digits, shape):
-        return math.prod(map(int, filter(None, shape.split(",")))) * (
-            8 if dtype == "pred" else int(digits or 0)
-        )
-
-    return sum(-(-num_bits(*array) // 8) for array in _ARRAY.findall(type_))
+    num_bytes = 0
+    for dtype, digits, shape in _ARRAY.findall(type_):
+        num_bits = 8 if dtype == "pred" else int(digits or 0)
+        num_bytes += -(-num_bits * math.prod(map(int, filter(None, shape.split(",")))) // 8)
+    return num_bytes

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import optaccum
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
-BATCH_SIZE, LENGTH, WIDTH = 16, 16, 16
+BATCH_SIZE, LENGTH, WIDTH = 8, 32, 16
 # The layer reads the first two. The others pass through the step: theirs are the buffers that donation saves.
 WEIGHTS = dict.fromkeys(("in", "out", "unread", "idle"), (2, WIDTH, WIDTH))
 
@@ -55,8 +55,8 @@ def test_the_fewest_micro_batches_that_fit():
         made.append(num_microbatches)
         return _make_step(num_microbatches)
 
-    needs = {n: _need(jax.jit(_make_step(n)), args) for n in (1, 2, 4, 8, 16)}
-    assert needs[1] > 3 * needs[BATCH_SIZE], "the micro-batch size does not matter"
+    needs = {n: _need(jax.jit(_make_step(n)), args) for n in (1, 2, 4, 8)}
+    assert needs[1] > 2 * needs[BATCH_SIZE], "the micro-batch size does not matter"
     for fewest in (1, 4):
         made.clear()
         limit = needs[fewest] + 100
@@ -68,8 +68,8 @@ def test_the_fewest_micro_batches_that_fit():
 
 def test_nothing_is_executed_and_donation_saves_memory():
     args = _args(jnp.ones)
-    donating = jax.jit(_make_step(8), donate_argnums=0)
-    need, donating_need = _need(jax.jit(_make_step(8)), args), _need(donating, args)
+    donating = jax.jit(_make_step(4), donate_argnums=0)
+    need, donating_need = _need(jax.jit(_make_step(4)), args), _need(donating, args)
     assert donating_need < need
 
     def plan(**options):
@@ -89,8 +89,8 @@ def test_nothing_is_executed_and_donation_saves_memory():
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(args))
         return found.num_microbatches
 
-    assert plan(donate_argnums=0) == 8
-    assert plan() == 16
+    assert plan(donate_argnums=0) == 4
+    assert plan() == 8
     jax.block_until_ready(donating(*args))
     assert args[0]["in"].is_deleted(), "the step would not have donated anything"
 

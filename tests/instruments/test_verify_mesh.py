@@ -28,8 +28,9 @@ def on_mesh(axis_type, params, batch):
 def test_on_a_mesh(axis_type, loss_fn, ok):
     mesh, params, batch = on_mesh(axis_type, *problem())
     with jax.set_mesh(mesh):
-        report = optaccum.verify(loss_fn, params, batch, num_microbatches=2, data_axes="data")
+        report = optaccum.verify(loss_fn, params, batch, microbatch_size=4, data_axes="data")
     assert report.ok == ok, str(report)
+    assert report.num_microbatches == 2  # of the 8 rows on each device
     assert ("is a sum" in report.cause) != ok
 
 

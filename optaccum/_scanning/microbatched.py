@@ -158,12 +158,8 @@ def _whole_batch(
     leaves, dtypes = _leaves(options, layout, call)
     # JAX adds up what differs between devices, in someone's own `shard_map`, where it becomes so: once, here.
     call = call._replace(diff=differ([leaf.value for leaf in leaves], call), rest=[])
-    traced, consts = _look(loss_fn, options, layout, placement, dtypes, call)
-    # What the loss closes over may be differentiated too, and is the same for micro-batches of each size.
-    closed = list({id(x): x for own in consts for x in own}.values())
-    where = [[next(i for i, y in enumerate(closed) if y is x) for x in own] for own in consts]
+    losses, closed = _look(loss_fn, options, layout, placement, dtypes, call)
     closed = differ(closed, call)
-    losses = [_of_shared(loss, at, len(leaves)) for loss, at in zip(traced, where, strict=True)]
     paths = [leaf.path[2:] for leaf in leaves] + [()] * len(closed)  # in the argument; of a closure none
     dtypes = dtypes + [None] * len(closed)
     if placement is not None:
@@ -225,8 +221,11 @@ def _look(
     placement: Placement | None,
     dtypes: list[Any],
     call: Call,
-) -> tuple[list[MicroLoss], list[list[Any]]]:
-    """The loss as traced on one device's micro-batches, and what it closes over; `call.diff` is all of the rest."""
+) -> tuple[list[MicroLoss], list[Any]]:
+    """The loss as traced on one device's micro-batches, as `_of_shared` says, and what it closes over.
+
+    That may be differentiated too, and is the same for micro-batches of each size. `call.diff` is all of the rest.
+    """
     found = []
 
     def one_device(groups, call):
@@ -239,7 +238,9 @@ def _look(
     bare = placement and placement.of_gradients([False] * len(call.diff))
     jax.eval_shape(functools.partial(divide_batch, one_device, options, bare), call)
     _, losses, consts = found
-    return losses, consts
+    closed = list({id(x): x for own in consts for x in own}.values())
+    where = [[next(i for i, y in enumerate(closed) if y is x) for x in own] for own in consts]
+    return [_of_shared(loss, at, len(call.diff)) for loss, at in zip(losses, where, strict=True)], closed
 
 
 def _of_shared(loss: MicroLoss, where: list[int], num_diff: int) -> MicroLoss:

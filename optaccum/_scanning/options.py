@@ -73,6 +73,12 @@ def make_options(given: dict[str, Any]) -> Options:
             "data_axes": as_axes(given["data_axes"]),
         },
     )
+    _check_together(options)
+    return options
+
+
+def _check_together(options: Options) -> None:
+    """Raises for an option that needs another, or rules it out."""
     if options.roles.carry is not None and not options.has_aux:
         raise ValueError(
             "expected has_aux=True with carry_argnum; got False. The loss returns (loss, (new_carry, rest))."
@@ -99,4 +105,3 @@ def make_options(given: dict[str, Any]) -> Options:
         raise ValueError(
             f"expected no {needs_each[0]} with in_place=True; got both. It needs each micro-batch's gradient."
         )
-    return options

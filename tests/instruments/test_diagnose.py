@@ -38,12 +38,8 @@ def batch():
     }
 
 
-def look_up(table, tokens):
-    return table[tokens]
-
-
-def hidden(params, batch, look_up=look_up):
-    return jnp.tanh(look_up(params["embed"], batch["tokens"]) @ params["w"] + params["b"])
+def hidden(params, batch):
+    return jnp.tanh(params["embed"][batch["tokens"]] @ params["w"] + params["b"])
 
 
 def losses_of(params, h, batch):
@@ -52,8 +48,8 @@ def losses_of(params, h, batch):
     return -jnp.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
 
 
-def losses(params, batch, **options):
-    return losses_of(params, hidden(params, batch, **options), batch)
+def losses(params, batch):
+    return losses_of(params, hidden(params, batch), batch)
 
 
 def mean_loss(params, batch):
@@ -125,7 +121,7 @@ faulty_look_up.defvjp(lambda table, tokens, add: (table[tokens], (table.shape, t
 
 
 def looked_up(params, batch, add):
-    return losses(params, batch, look_up=lambda table, tokens: faulty_look_up(table, tokens, add)).mean()
+    return jnp.square(faulty_look_up(params["embed"], batch["tokens"], add) @ params["w"]).mean()
 
 
 CAUSES = {  # the wrong loss, the one put right, micro-batches, the cause, the way out

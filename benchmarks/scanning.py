@@ -87,16 +87,13 @@ def make_contender(name: str, k: int, sizes: Sizes, scanned: bool, step: bool = 
 def run(sizes: Sizes) -> Section:
     tables, targets = [], []
     with_torch = pytorch.is_installed() and jax.default_backend() == "cpu"
-    for step in (False, True):
-        for scanned in (True, False):
-            contenders = {name: make_contender(name, sizes.k, sizes, scanned, step) for name in NAMES}
-            if with_torch and step and not scanned:
-                contenders |= {
-                    name: Contender(run, None) for name, run in pytorch.training_steps(sizes).items()
-                }
-            seconds = interleave({name: c.run for name, c in contenders.items()}, sizes.scan_repeats)
-            tables.append(_table(contenders, seconds, scanned, step))
-            targets += _targets(contenders, seconds, scanned, step)
+    for scanned, step in sizes.scan_forms:
+        contenders = {name: make_contender(name, sizes.k, sizes, scanned, step) for name in NAMES}
+        if with_torch and step and not scanned:
+            contenders |= {name: Contender(run, None) for name, run in pytorch.training_steps(sizes).items()}
+        seconds = interleave({name: c.run for name, c in contenders.items()}, sizes.scan_repeats)
+        tables.append(_table(contenders, seconds, scanned, step))
+        targets += _targets(contenders, seconds, scanned, step)
     batch_table, batch_target = _batch_copies(sizes)
     tables.append(batch_table)
     targets.append(batch_target)

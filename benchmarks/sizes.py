@@ -20,6 +20,7 @@ class Sizes(NamedTuple):
     length: int
     dtype: jnp.dtype
     scan_repeats: int
+    scan_forms: tuple[tuple[bool, bool], ...]  # scanned layers?, a training step or gradients alone?
     process_k: tuple[int, ...]
     process_repeats: int
     sum_counts: tuple[int, ...]  # micro-batches that are summed
@@ -41,6 +42,7 @@ CPU = Sizes(
     length=32,
     dtype=jnp.dtype(jnp.float32),
     scan_repeats=7,
+    scan_forms=((True, False), (False, False), (True, True), (False, True)),
     process_k=(1, 2, 8),
     process_repeats=5,
     sum_counts=(8, 64, 512, 4096),
@@ -71,6 +73,7 @@ TINY = CPU._replace(
     batch_size=8,
     length=4,
     scan_repeats=1,
+    scan_forms=((True, False), (False, True)),
     process_k=(2,),
     process_repeats=1,
     sum_counts=(4,),

@@ -14,6 +14,16 @@ from jax.experimental.compilation_cache import compilation_cache
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 
+if not os.environ.get("OPTACCUM_OPTIMIZED"):  # `make test-all` sets it
+    # Code that is made in a third of the time, here and in the processes that tests start; buffers and
+    # collectives, settled before code is made, stay.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
+    FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+    if jax.__version_info__ < (0, 11):  # later versions have no such flag, and end where they meet one
+        FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+
 
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
     """Whether to pass over a folder: tests/compilers (`make compilers`) runs where it is named, as it wants more."""
@@ -21,22 +31,17 @@ def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) 
     return True if collection_path.name == "compilers" and not is_named else None
 
 
-@pytest.fixture(scope="module")
-def fast_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiles in a third of the time, and each program once: where neither its speed nor its memory counts."""
-    options = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: jax.config.values[name] for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Compiles each program once; the folder, also for a process that a test starts and waits for.
+
+    Not for one that runs meanwhile: JAX would read what is half written.
+    """
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compilation_cache.reset_cache()  # collecting the tests has compiled too
+    return folder
 
 
 def assert_trees_equal(actual: Any, expected: Any) -> None:

@@ -54,7 +54,7 @@ def make_environment(name: str, python: str, *install: str) -> pathlib.Path:
 def run_tests(python: pathlib.Path, folder: pathlib.Path, arguments: list[str], pythonpath: str = "") -> bool:
     show = "from importlib.metadata import version as v; print('jax', v('jax'), 'optax', v('optax'))"
     subprocess.run([str(python), "-c", show], check=True)
-    env = os.environ | {"PYTHONPATH": pythonpath}
+    env = os.environ | {"PYTHONPATH": pythonpath, "OPTACCUM_OPTIMIZED": "1"}  # compiled as it is for users
     workers = ["-n", os.environ.get("WORKERS", "2"), "--dist", "worksteal"]
     # -P: the folder it starts in is not where packages are looked for
     command = [str(python), "-P", "-m", "pytest", *workers, *arguments]

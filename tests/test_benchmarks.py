@@ -17,7 +17,6 @@ pytest.importorskip("matplotlib")
 
 def _run(folder, *args):
     env = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # most of the time is compilation
     env |= {"JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-m", "benchmarks", *args]
     return subprocess.run(

@@ -56,7 +56,6 @@ def _run_page(text: str, filename: str) -> int:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page.name not in RUN_ELSEWHERE], ids=lambda page: page.name
 )
-@pytest.mark.usefixtures("fast_compilation")
 def test_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KERAS_BACKEND", "jax")  # both read when it is first imported

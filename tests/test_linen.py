@@ -38,7 +38,6 @@ def trained(state, batches, weights=None, loss_fn=loss_fn):
     return state
 
 
-@pytest.mark.usefixtures("fast_compilation")
 def test_a_window_is_the_whole_batch():
     ragged = [X[:1], X[1:6], X[6:13], X[13:]]
     tx = optaccum.accumulate(optax.adam(1e-2), N)
@@ -49,7 +48,6 @@ def test_a_window_is_the_whole_batch():
         assert_trees_close(trained(make(tx), ragged).params, whole.params, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("accumulates", [True, False])
 def test_gives_what_flaxs_own_gives_in_the_same_fields(accumulates):
     tx = optaccum.accumulate(optax.adam(1e-2), 3) if accumulates else optax.adam(1e-2)
@@ -79,7 +77,6 @@ COUNTS = {  # calls -> updates, after six of them
 }
 
 
-@pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("name", COUNTS)
 def test_step_counts_calls_and_gradient_step_updates(name):
     make_tx, updates = COUNTS[name]
@@ -91,7 +88,6 @@ def test_step_counts_calls_and_gradient_step_updates(name):
     assert jax.jit(lambda state: state.gradient_step)(state).dtype == jnp.int32
 
 
-@pytest.mark.usefixtures("fast_compilation")
 def test_emit_ends_a_window_of_summed_losses():
     state = make(optaccum.accumulate(optax.sgd(0.1), None))
     grads, start = jax.grad(loss_fn)(state.params, X), state.params
@@ -105,7 +101,6 @@ class WithStatistics(TrainState):
     batch_stats: dict[str, jax.Array]
 
 
-@pytest.mark.usefixtures("fast_compilation")
 def test_extra_arguments_go_to_the_optimizer_and_fields_are_replaced():
     seen = []
 
@@ -124,7 +119,6 @@ def test_extra_arguments_go_to_the_optimizer_and_fields_are_replaced():
 
 
 @pytest.mark.filterwarnings("ignore:The Fp8DotGeneralOp is deprecated:DeprecationWarning")
-@pytest.mark.usefixtures("fast_compilation")
 def test_state_that_gradients_carry_is_overwritten_at_every_call():
     module = linen.Dense(2, dot_general_cls=fp8_ops.Fp8DotGeneralOp)
     variables = module.init(jax.random.key(0), X)

@@ -17,11 +17,10 @@ import optaccum
 from optaccum import WeightedMean
 
 PAGE = ROOT / "docs" / "losses.md"
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 @pytest.fixture(scope="module")
-def page(fast_compilation):
+def page():
     namespace: dict[str, Any] = {"__name__": "losses"}
     for block in BLOCK.finditer(PAGE.read_text()):
         exec(compile(block["code"], str(PAGE), "exec"), namespace)

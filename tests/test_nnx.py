@@ -10,7 +10,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import optaccum
 import optaccum.nnx
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 N = 4
 
 

@@ -9,7 +9,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optaccum.nnx
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 X = jax.random.normal(jax.random.key(0), (8, 4))
 
 

@@ -61,7 +61,6 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("wrt", [nnx.Param, nnx.PathContains("kernel")], ids=["Param", "kernel"])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_does_what_update_does(name, wrt):
@@ -76,7 +75,6 @@ def test_does_what_update_does(name, wrt):
     assert (biases[0] != biases[-1]).any() == (wrt is nnx.Param)
 
 
-@pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("name", ["accumulate", "in a chain"])
 def test_weights_reach_the_window(name):
     weights = [1.0, 3.0, 2.0, 0.0]
@@ -87,7 +85,6 @@ def test_weights_reach_the_window(name):
         assert_trees_close(weighted, trained(tx, optaccum.nnx.apply_gradients), rtol=1e-3)
 
 
-@pytest.mark.usefixtures("fast_compilation")
 def test_arguments_are_handed_on_only_if_given():
     seen = []
 
@@ -104,7 +101,6 @@ def test_arguments_are_handed_on_only_if_given():
     assert seen == [{"value": 2.0}]
 
 
-@pytest.mark.usefixtures("fast_compilation")
 def test_emit_ends_a_window():
     model = MLP(4, 1, nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optaccum.accumulate(optax.sgd(0.1), None), wrt=nnx.Param)
@@ -126,7 +122,6 @@ class Adapted(nnx.Module):
         return self.layer(x)
 
 
-@pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("argnums", [0, nnx.DiffState(0, nnx.LoRAParam)], ids=["all", "LoRA"])
 def test_lora_parameters_alone(argnums):
     model = Adapted(nnx.Rngs(0))

@@ -11,7 +11,6 @@ from sharded_problem import KINDS, make_mesh
 import optaccum
 import optaccum.nnx
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 WIDTH, HIDDEN = 8, 16
 
 

@@ -25,13 +25,12 @@ def _free_port():
 def _start(index, port, folder):
     command = [sys.executable, "-W", "error", process_worker.__file__]
     address, output = f"127.0.0.1:{port}", folder / f"{index}.npz"
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     with open(folder / f"{index}.log", "w") as log:
         return subprocess.Popen(
             [*command, address, str(NUM_PROCESSES), str(index), str(output)],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=env | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
 
 

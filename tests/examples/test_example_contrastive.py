@@ -4,12 +4,12 @@ import contrastive
 import numpy as np
 import pytest
 from conftest import assert_trees_equal
+from stopped import run_stopped
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 SMALL = ["--updates=4", "--batch-size=64", "--microbatches=8", "--width=32", "--checkpoint-every=3"]
 
 
-def test_contrastive(tmp_path, capsys, monkeypatch):
+def test_contrastive(tmp_path, capsys):
     figure = tmp_path / "figures" / "contrastive.png"
     command = [*SMALL, "--calls-per-update=2", "--figure", str(figure)]
     results = contrastive.main(command)
@@ -27,16 +27,8 @@ def test_contrastive(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert all(result.name in printed for result in results)
 
-    def save_or_stop(manager, call, *rest, save=contrastive.save):
-        if call == 6:  # saved after call 3, in the middle of a window of 2; stopped after 6
-            raise KeyboardInterrupt
-        save(manager, call, *rest)
-
     command += ["--checkpoints", str(tmp_path / "checkpoints")]
-    with monkeypatch.context() as patch:
-        patch.setattr(contrastive, "save", save_or_stop)
-        with pytest.raises(KeyboardInterrupt):
-            contrastive.main(command)
+    run_stopped(contrastive, 6, command)  # saved after call 3, in the middle of a window of 2
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
     resumed = contrastive.main(command)
     assert_trees_equal([r.params for r in resumed], [r.params for r in results])
@@ -49,9 +41,3 @@ def test_contrastive_refuses(capsys):
     assert "--batch-size 8 cannot make 9 micro-batches" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="1541 training pairs do not fill --batch-size 2000"):
         contrastive.main(["--batch-size", "2000"])
-
-
-def test_contrastive_explains_itself(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        contrastive.main(["--help"])
-    assert "--microbatches" in capsys.readouterr().out

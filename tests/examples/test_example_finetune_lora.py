@@ -1,40 +1,20 @@
-"""LoRA's fine-tuning: packed, closed by bytes; killed in a window, it goes on to the same bits."""
+"""LoRA's fine-tuning: packed, closed by bytes; stopped in a window, it goes on to the same bits."""
 
 import itertools
-import os
-import pathlib
-import signal
-import subprocess
-import sys
 
 import finetune_lora
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from conftest import assert_trees_equal
 from flax import nnx
+from stopped import run_stopped
 
-EXAMPLES = pathlib.Path(finetune_lora.__file__).parent
 SMALL = [
     *("--max-bytes", "200000", "--layers", "1", "--width", "16", "--heads", "2", "--length", "96"),
     *("--rank", "2", "--base-updates", "3", "--base-rows", "4", "--calls", "12", "--documents", "6"),
     *("--update-bytes", "600", "--microbatch-rows", "1", "--checkpoint-every", "4"),
 ]
-KILLED = """
-import os, signal, sys
-import finetune_lora as program
-
-note = program.note
-
-def note_then_die(record, *rest):
-    note(record, *rest)
-    if len(record["counts"]) == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-program.note = note_then_die
-program.main(sys.argv[1:])
-"""
 
 
 def saved(folder, call):
@@ -44,28 +24,13 @@ def saved(folder, call):
     return items["state"]
 
 
-@pytest.mark.usefixtures("fast_compilation")
-def test_updates_by_bytes_and_a_run_killed_in_a_window(tmp_path, capsys):
+def test_updates_by_bytes_and_a_run_stopped_in_a_window(tmp_path, capsys):
     folder, figure = tmp_path / "run", tmp_path / "figure.png"
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)]),
-        "PYTHONWARNINGS": "error",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "8",  # as here: threads are shared out by it
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
     arguments = [*SMALL, "--figure", str(figure)]
-    with subprocess.Popen(
-        [sys.executable, "-c", KILLED, *arguments, "--checkpoints", str(folder)], env=environment
-    ) as process:
-        whole = finetune_lora.main(arguments)  # meanwhile
-        try:
-            assert process.wait(timeout=120) == -signal.SIGKILL
-        finally:
-            process.kill()
-    resumed = finetune_lora.main([*arguments, "--checkpoints", str(folder)])
+    whole = finetune_lora.main(arguments)
+    arguments += ["--checkpoints", str(folder)]
+    run_stopped(finetune_lora, 8, arguments)
+    resumed = finetune_lora.main(arguments)
 
     assert (whole.first_call, resumed.first_call) == (0, 4)
     assert 4 not in np.cumsum(whole.calls)  # a window was open
@@ -109,7 +74,6 @@ def test_packing_keeps_every_pair_and_counts_its_docstring():
     assert not rows.counted[rows.document == 0].any()
 
 
-@pytest.mark.usefixtures("fast_compilation")
 def test_documents_in_a_row_do_not_see_each_other():
     size = finetune_lora.Size(layers=1, width=16, heads=2, length=40, rank=2)
     model = finetune_lora.Transformer(size, nnx.Rngs(0))
@@ -150,9 +114,3 @@ def test_refuses(arguments, code, message, capsys):
     with pytest.raises(SystemExit, match=code):
         finetune_lora.main(arguments)
     assert message in capsys.readouterr().err
-
-
-def test_explains_itself(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        finetune_lora.main(["--help"])
-    assert "--update-bytes" in capsys.readouterr().out

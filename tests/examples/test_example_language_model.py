@@ -17,7 +17,6 @@ from conftest import assert_trees_close, assert_trees_equal
 
 import optaccum
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 SMALL = ["--max-bytes=30000", "--layers=2", "--width=16", "--heads=2", "--length=24", "--batch-size=12"]
 SMALL += ["--microbatches=4"]
 
@@ -56,7 +55,7 @@ language_model.main(sys.argv[1:])
 """
 
 
-def test_language_model_resumes_after_kill_9(tmp_path):
+def test_language_model_resumes_after_kill_9(tmp_path, compiled):
     command = [*SMALL, "--updates", "3", "--calls-per-update", "4", "--checkpoint-every", "3"]
     command += ["--figure", str(tmp_path / "figure.png")]
     (undisturbed,) = language_model.main(command)
@@ -66,8 +65,7 @@ def test_language_model_resumes_after_kill_9(tmp_path):
     env = os.environ | {
         "JAX_NUM_CPU_DEVICES": "8",  # as here: it shapes what the compiler does
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+        "JAX_COMPILATION_CACHE_DIR": compiled,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "PYTHONPATH": os.pathsep.join([str(examples), str(examples.parent)]),
     }
@@ -164,9 +162,3 @@ def test_language_model_refuses_data(tmp_path):
     (tmp_path / "short.txt").write_text("Two short\n\ndocuments.")
     with pytest.raises(SystemExit, match="2 documents do not fill --batch-size 64"):
         language_model.main(["--data", str(tmp_path)])
-
-
-def test_language_model_explains_itself(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        language_model.main(["--help"])
-    assert "--experts" in capsys.readouterr().out

@@ -1,60 +1,24 @@
-"""The streaming loop: ramp, flushes and weights; killed in a window, it goes on to the same bits."""
+"""The streaming loop: ramp, flushes and weights; stopped in a window, it goes on to the same bits."""
 
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-
-import jax
 import numpy as np
 import pytest
 import streaming_loader
 from conftest import assert_trees_equal
+from stopped import run_stopped
 
-EXAMPLES = pathlib.Path(streaming_loader.__file__).parent
 SMALL = [
     *("--max-bytes", "6000", "--layers", "1", "--width", "16", "--heads", "2", "--length", "32"),
     *("--epochs", "2", "--ramp", "2000", "--max-k", "4", "--checkpoint-every", "5"),
 ]
-KILLED = """
-import os, signal, sys
-import streaming_loader as program
-
-note = program.note
-
-def note_then_die(record, *rest):
-    note(record, *rest)
-    if sum(record["micro_steps"]) + len(record["window"]) == 23:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-program.note = note_then_die
-program.main(sys.argv[1:])
-"""
 
 
-@pytest.mark.usefixtures("fast_compilation")
-def test_ramp_flush_and_a_run_killed_in_a_window(tmp_path, capsys):
+def test_ramp_flush_and_a_run_stopped_in_a_window(tmp_path, capsys):
     folder, figure = tmp_path / "run", tmp_path / "figure.png"
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)]),
-        "PYTHONWARNINGS": "error",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "8",  # as here: threads are shared out by it
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
     arguments = [*SMALL, "--figure", str(figure)]
-    with subprocess.Popen(
-        [sys.executable, "-c", KILLED, *arguments, "--checkpoints", str(folder)], env=environment
-    ) as process:
-        whole = streaming_loader.main(arguments)  # meanwhile
-        try:
-            assert process.wait(timeout=120) == -signal.SIGKILL
-        finally:
-            process.kill()
-    resumed = streaming_loader.main([*arguments, "--checkpoints", str(folder)])
+    whole = streaming_loader.main(arguments)
+    arguments += ["--checkpoints", str(folder)]
+    run_stopped(streaming_loader, 25, arguments)
+    resumed = streaming_loader.main(arguments)
 
     assert whole.first_micro_step == 0
     assert resumed.first_micro_step == 20
@@ -103,9 +67,3 @@ def test_refuses(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         streaming_loader.main(arguments)
     assert message in capsys.readouterr().err
-
-
-def test_explains_itself(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        streaming_loader.main(["--help"])
-    assert "--ramp" in capsys.readouterr().out

@@ -106,9 +106,9 @@ class Pod(NamedTuple):
     def _environment(self) -> dict[str, str]:
         return os.environ | {
             "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)]),
-            "PYTHONWARNINGS": "error",
+            # One host may read what the other writes into the cache, too early.
+            "PYTHONWARNINGS": "error,ignore:Error reading persistent compilation cache entry",
             "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in a third of the time
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
@@ -165,7 +165,7 @@ def test_two_hosts_started_differently_fail_at_the_start(pod):
 
 
 @pytest.fixture
-def run(fast_compilation, tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch):
     """Runs the program here, on eight devices; with a signal after a call, if one is given."""
     note = tpu_data_parallel.note
 
@@ -221,7 +221,7 @@ def test_fsdp_goes_on_in_the_middle_of_a_window_in_another_layout(run):
     assert abs(whole.losses[-1] / whole.losses[0] - 1) > 1e-2
 
 
-def test_ways_to_shard_are_compared_in_the_memory_that_there_is(fast_compilation, capsys):
+def test_ways_to_shard_are_compared_in_the_memory_that_there_is(capsys):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     spec, num_layers = P(None, "data"), 3
 
@@ -301,9 +301,3 @@ def test_refuses(arguments, message, capsys):
 def test_refuses_what_the_devices_rule_out(arguments, message):
     with pytest.raises(SystemExit, match=message):
         tpu_data_parallel.main([*SMALL, "--simulate-devices", "8", *arguments])
-
-
-def test_explains_itself(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        tpu_data_parallel.main(["--help"])
-    assert "--simulate-devices" in capsys.readouterr().out

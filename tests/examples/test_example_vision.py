@@ -6,12 +6,12 @@ import vision
 from conftest import assert_trees_equal
 from flax.serialization import to_state_dict
 from matplotlib.image import imsave
+from stopped import run_stopped
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 SMALL = ["--updates=4", "--calls-per-update=2", "--batch-size=32", "--resolution=16", "--checkpoint-every=3"]
 
 
-def test_vision(tmp_path, capsys, monkeypatch):
+def test_vision(tmp_path, capsys):
     figure = tmp_path / "figures" / "vision.png"
     command = [*SMALL, "--memory=700KB", "--figure", str(figure)]
     result = vision.main(command)
@@ -25,16 +25,8 @@ def test_vision(tmp_path, capsys, monkeypatch):
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert "the fewest that fit" in capsys.readouterr().out
 
-    def save_or_stop(manager, call, *rest, save=vision.save):
-        if call == 6:  # saved after call 3, in the middle of a window of 2; stopped after 6
-            raise KeyboardInterrupt
-        save(manager, call, *rest)
-
     command += ["--checkpoints", str(tmp_path / "checkpoints")]
-    with monkeypatch.context() as patch:
-        patch.setattr(vision, "save", save_or_stop)
-        with pytest.raises(KeyboardInterrupt):
-            vision.main(command)
+    run_stopped(vision, 6, command)  # saved after call 3, in the middle of a window of 2
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
     resumed = vision.main(command)
     assert_trees_equal(to_state_dict(resumed.training), to_state_dict(result.training))
@@ -91,9 +83,3 @@ def test_vision_refuses_what_cannot_be(tmp_path):
         vision.main(["--batch-size", "2000"])
     with pytest.raises(SystemExit, match="--memory: expected some number of micro-batches to fit"):
         vision.main([*SMALL, "--memory", "1KB"])
-
-
-def test_vision_explains_itself(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        vision.main(["--help"])
-    assert "--resolution" in capsys.readouterr().out

@@ -15,7 +15,6 @@ from optaccum._instruments.diagnose import diagnose
 from optaccum._instruments.reference import make_loop
 from optaccum._scanning.call import split_call
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 B, T, VOCAB, D, EXPERTS = 12, 6, 13, 8, 4
 
 

@@ -2,12 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import optaccum
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 BATCH_SIZE, LENGTH, WIDTH = 8, 32, 16
 # The layer reads the first two. The others pass through the step: theirs are the buffers that donation saves.
 WEIGHTS = dict.fromkeys(("in", "out", "unread", "idle"), (2, WIDTH, WIDTH))

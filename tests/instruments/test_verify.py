@@ -9,7 +9,6 @@ import pytest
 
 import optaccum
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 B, D = 16, 4
 
 

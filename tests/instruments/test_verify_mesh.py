@@ -10,8 +10,6 @@ from test_verify import B, losses, mean_loss, problem, summed
 
 import optaccum
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 
 def on_mesh(axis_type, params, batch):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,), devices=jax.devices()[:2])

@@ -22,8 +22,6 @@ from test_sharded import (
 
 import optaccum
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 
 def value_and_grad(axes, **options):
     options = {"num_microbatches": 3, "has_aux": True, "data_axes": axes, **options}

@@ -10,7 +10,6 @@ from sharded_problem import AUTO, EXPLICIT, KINDS
 
 import optaccum
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 ROWS, WIDTH = 48, 16
 SHAPES = {"data": (8,), "tensor": (4, 2), "two": (2, 4), "three": (2, 2, 2)}
 NAMES = {

@@ -50,7 +50,6 @@ def test_a_window_that_only_emit_ends_asks_for_it():
         jax.jit(optax.chain(tx).update)(GRADS[0], optax.chain(tx).init(PARAMS), PARAMS)
 
 
-@pytest.mark.usefixtures("fast_compilation")
 def test_it_ends_a_window_also_with_a_micro_step_that_is_skipped_or_weighs_nothing():
     tx = optaccum.accumulate(optax.identity(), None, should_skip_update_fn=optax.skip_not_finite)
     last = [(BAD, 7.0), (BAD, 0.0), (GRADS[2], np.nan)]
@@ -76,7 +75,6 @@ def test_a_window_without_weight_that_emit_ends_is_a_no_op():
     assert_trees_equal(states[1].inner_state, inner.init(PARAMS))
 
 
-@pytest.mark.usefixtures("fast_compilation")
 def test_under_scan_and_vmap_each_has_its_own():
     tx = optaccum.accumulate(optax.identity(), None)
     emits = jnp.array([[False, True, True], [True, False, True]])

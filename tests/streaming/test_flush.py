@@ -43,7 +43,6 @@ def is_state(node):
 
 
 @pytest.mark.parametrize("name", AROUND)
-@pytest.mark.usefixtures("fast_compilation")
 def test_emit_and_flush_end_the_window_inside(name):
     tx = AROUND[name](optaccum.accumulate(optax.sgd(1.0), None))
     updates, states = run(tx, GRADS[:3], weight=(1.0, 3.0, 1.0), emit=(False, True, False))
@@ -116,7 +115,6 @@ def test_flush_of_a_state_without_a_window_raises():
 
 
 @pytest.mark.parametrize("around", [lambda tx: tx, AROUND["chain"]])
-@pytest.mark.usefixtures("fast_compilation")
 def test_the_state_of_an_nnx_optimizer(around):
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, around(optaccum.accumulate(optax.sgd(1.0), 4)), wrt=nnx.Param)

@@ -65,7 +65,6 @@ def three_calls(tx, params, state, grads, *, in_one, jit=jax.jit):
     ("name", "in_one"),
     [(name, name != "FSDP") for name in LAYOUTS] + [("FSDP, gradients everywhere", False)],
 )
-@pytest.mark.usefixtures("fast_compilation")
 def test_on_an_explicit_mesh_what_is_kept_keeps_its_layout(name, in_one):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     tx = tx_of(skip=in_one)

@@ -74,7 +74,6 @@ def test_a_skip_function_that_does_not_decide_raises():
 
 @pytest.mark.parametrize("name", ["weight", "denominator"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.usefixtures("fast_compilation")
 def test_a_weight_that_is_not_finite_ends_with_its_window(name, bad):
     tx = optaccum.accumulate(
         optax.identity(), optaccum.by_weight(lambda total: 2 - (total >= 6).astype(jnp.int32))

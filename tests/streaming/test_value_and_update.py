@@ -79,7 +79,6 @@ CASES = {
 @pytest.mark.parametrize(
     ("name", "in_place"), [*itertools.product(CASES, [True, False]), ("emit", "outside jit")]
 )
-@pytest.mark.usefixtures("fast_compilation")
 def test_it_is_a_gradient_and_apply_gradients(name, in_place):
     loss_fn, per_call = CASES[name]
     expected = train(jitted(loss_fn), **per_call)
@@ -93,7 +92,6 @@ def test_it_is_a_gradient_and_apply_gradients(name, in_place):
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.usefixtures("fast_compilation")
 def test_a_weighted_mean_brings_its_denominator(in_place):
     step = jax.jit(optaccum.value_and_update(weighted_loss, TX, in_place=in_place))
     batches = [(x[:rows], y[:rows]) for (x, y), rows in zip(BATCHES, (6, 6, 3, 6, 3), strict=True)]
@@ -109,7 +107,6 @@ def test_a_weighted_mean_brings_its_denominator(in_place):
 
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("form", ["weight", "WeightedMean"])
-@pytest.mark.usefixtures("fast_compilation")
 def test_a_zero_weight_adds_nothing_of_a_nan(form, in_place):
     def masked_loss(params, x, y, weight):
         return optaccum.WeightedMean(mean_loss(params, x, y) * weight, weight)
@@ -161,7 +158,6 @@ def test_no_backward_pass_runs_where_the_weight_is_zero(tx):
     ],
     ids=["skip", "noise", "chain", "plain"],
 )
-@pytest.mark.usefixtures("fast_compilation")
 def test_what_needs_the_gradient_gets_it(tx):
     params = {name: PARAMS[name] for name in ("layers", "out")}
     state = tx.init(params)
@@ -179,7 +175,6 @@ def test_what_needs_the_gradient_gets_it(tx):
         optaccum.value_and_update(mean_loss, tx, in_place=True)
 
 
-@pytest.mark.usefixtures("fast_compilation")
 def test_transformations_see_the_form_without_references():
     params = {name: PARAMS[name] for name in ("layers", "out")}
     tx = optaccum.accumulate(optax.sgd(0.1, momentum=0.9), 2)
@@ -216,7 +211,6 @@ def bare_references(params, x, y):
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.usefixtures("fast_compilation")
 def test_bf16_parameters_add_into_float32_sums(in_place):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16) if p.dtype == jnp.float32 else p, PARAMS)
     tx = optaccum.accumulate(optax.sgd(0.1), 4)

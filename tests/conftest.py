@@ -14,15 +14,16 @@ from jax.experimental.compilation_cache import compilation_cache
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Here and in the processes that tests start. On a busy machine eight devices may be long in meeting.
+FLAGS = ["--xla_cpu_collective_call_terminate_timeout_seconds=600"]
 if not os.environ.get("OPTACCUM_OPTIMIZED"):  # `make test-all` sets it
-    # Code that is made in a third of the time, here and in the processes that tests start; buffers and
-    # collectives, settled before code is made, stay.
+    # Code that is made in a third of the time; buffers and collectives, settled before code is made, stay.
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
-    FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+    FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")
     if jax.__version_info__ < (0, 11):  # later versions have no such flag, and end where they meet one
         FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-    os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:

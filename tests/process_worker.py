@@ -115,7 +115,7 @@ def main(address, count, index, output):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, int(count), int(index), initialization_timeout=60)
+    jax.distributed.initialize(address, int(count), int(index), initialization_timeout=300)
     results = {f"{mode}-{kind}": train(mode, kind) for mode in MODES for kind in KINDS}
     np.savez(output, **{f"{name}/{key}": x for name, out in results.items() for key, x in out.items()})
     jax.distributed.shutdown()

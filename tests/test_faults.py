@@ -39,15 +39,16 @@ def undisturbed(tmp_path_factory):
 
 def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
     """OPTACCUM_KILLS times: half of them by kill -9, half by SIGTERM."""
-    rng, num_calls = random.Random(0), CALLS_PER_LIFE * (KILLS + 1)
-    command = [sys.executable, worker.__file__, str(tmp_path), str(num_calls), "0.005"]
+    rng, command, pause = random.Random(0), [sys.executable, worker.__file__, str(tmp_path)], "0.005"
     root = pathlib.Path(optaccum.__file__).parent.parent
     # As many devices as here: that shapes what the compiler does.
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(root)}
     half_written = 0
     for kill in range(KILLS):
         sent = (signal.SIGKILL, signal.SIGTERM)[kill % 2]
-        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            [*command, "10000", pause], env=env, stdout=subprocess.PIPE, text=True
+        ) as process:
             for _ in range(rng.randrange(1, CALLS_PER_LIFE)):
                 assert process.stdout.readline(), "the program ended by itself"
             time.sleep(rng.uniform(0, 0.02))
@@ -56,8 +57,9 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
         assert process.returncode == (-sent if sent == signal.SIGKILL else 128 + sent)
         half_written += (tmp_path / "partial").exists()
     first, _ = worker.restore(tmp_path, worker.init(worker.make_tx()))
-    assert 0 < first < num_calls
-    subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
+    assert first > 0
+    num_calls = first + CALLS_PER_LIFE
+    subprocess.run([*command, str(num_calls), pause], env=env, check=True, stdout=subprocess.DEVNULL)
 
     last, tree = worker.restore(tmp_path, worker.init(worker.make_tx()))
     assert last == num_calls

@@ -70,7 +70,7 @@ def test_language_model_resumes_after_kill_9(tmp_path, compiled):
         "PYTHONPATH": os.pathsep.join([str(examples), str(examples.parent)]),
     }
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *command], env=env, capture_output=True, timeout=300
+        [sys.executable, "-c", KILLED, *command], env=env, capture_output=True, timeout=600
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6"]

@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import optaccum
 
 EXAMPLES = pathlib.Path(tpu_data_parallel.__file__).parent
-SECONDS = 240  # for all processes of a test together; none is waited for longer, however busy the machine
+SECONDS = 900  # for all processes of a test together; none is waited for longer, however busy the machine
 
 # 12 calls in windows of 3; checkpoints after calls 4 and 8, in the middle of a window.
 SMALL = [
@@ -76,7 +76,7 @@ class Pod(NamedTuple):
             free.bind(("127.0.0.1", 0))
             place = ["--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--num-processes", "2"]
         folders = ["--checkpoints", self.folder / checkpoints, "--figure", self.folder / "figure.png"]
-        argv = [*SMALL, *folders, "--fsdp", "--simulate-devices", "2", "--timeout", "60", *place]
+        argv = [*SMALL, *folders, "--fsdp", "--simulate-devices", "2", "--timeout", "300", *place]
         hosts = [
             subprocess.Popen(
                 [

@@ -14,34 +14,45 @@ from jax.experimental.compilation_cache import compilation_cache
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Here and in the processes that tests start. On a busy machine eight devices may be long in meeting.
-FLAGS = ["--xla_cpu_collective_call_terminate_timeout_seconds=600"]
-if not os.environ.get("OPTACCUM_OPTIMIZED"):  # `make test-all` sets it
-    # Code that is made in a third of the time; buffers and collectives, settled before code is made, stay.
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    jax.config.update("jax_disable_most_optimizations", True)
-    FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")
-    if jax.__version_info__ < (0, 11):  # later versions have no such flag, and end where they meet one
-        FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+
+def _of_compilers(config: pytest.Config) -> bool:
+    """Whether tests/compilers (`make compilers`), which wants more than is here, is named."""
+    return any("compilers" in pathlib.PurePath(arg).parts for arg in config.args)
 
 
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
-    """Whether to pass over a folder: tests/compilers (`make compilers`) runs where it is named, as it wants more."""
-    is_named = any("compilers" in pathlib.PurePath(arg).parts for arg in config.args)
-    return True if collection_path.name == "compilers" and not is_named else None
+    return True if collection_path.name == "compilers" and not _of_compilers(config) else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """How programs are compiled for CPUs, here and in the processes that tests start."""
+    as_for_users = os.environ.get("OPTACCUM_OPTIMIZED")  # `make test-all` sets it
+    if as_for_users or jax.config.jax_platforms != "cpu" or _of_compilers(config):
+        return
+    # Code that is made in a third of the time; buffers and collectives, settled before code is made, stay.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
+    # On a busy machine eight devices may be long in meeting.
+    flags = [
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
+    if jax.__version_info__ < (0, 11):  # later versions have no such flag, and end where they meet one
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
+def compiled(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> str:
     """Compiles each program once; the folder, also for a process that a test starts and waits for.
 
     Not for one that runs meanwhile: JAX would read what is half written.
     """
     folder = str(tmp_path_factory.mktemp("compiled"))
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    compilation_cache.reset_cache()  # collecting the tests has compiled too
+    if not _of_compilers(pytestconfig):
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        compilation_cache.reset_cache()  # collecting the tests has compiled too
     return folder
 
 

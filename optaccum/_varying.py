@@ -58,4 +58,4 @@ def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
     if is_known or jax.typeof(x).memory_space != jax.typeof(zeros).memory_space:
         return zeros
     never = lax.optimization_barrier(jnp.bool_(False))
-    return jnp.where(never, x.astype(dtype), zeros)
+    return lax.select(never, lax.convert_element_type(x, zeros.dtype), zeros)

@@ -318,7 +318,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sharded: sums of a bare jit are replicated",
-        "return jnp.where(never, x.astype(dtype), zeros)",
+        "return lax.select(never, lax.convert_element_type(x, zeros.dtype), zeros)",
         "return zeros",
         "scanning/test_sharded.py -k layer_by_layer",
     ),

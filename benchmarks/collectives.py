@@ -46,8 +46,7 @@ def count(tiny: bool) -> list[tuple[str, int, int, str]]:
         params = jax.device_put(make_params(sizes, scanned), NamedSharding(mesh, P()))
         tokens = jax.device_put(make_tokens(sizes), NamedSharding(mesh, P("data")))
         grad_fns = {
-            name: make_grad_fn(name, k, sizes.batch_size)
-            for name in ((HAND,) if tiny else (HAND, OPTAX, WITHOUT))
+            name: make_grad_fn(name, k, sizes.batch_size) for name in ((HAND,) if tiny else (HAND, OPTAX, WITHOUT))
         }
         grad_fns[WITH] = optaccum.value_and_grad(loss_fn, num_microbatches=k, data_axes="data")
         for name, grad_fn in grad_fns.items():

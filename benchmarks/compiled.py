@@ -56,9 +56,7 @@ class Program(NamedTuple):
         devices = find(target).devices
         mesh = Mesh(devices, ("data",), axis_types=(axis_type,))
         args = [
-            jax.tree.map(
-                functools.partial(_placed, NamedSharding(mesh, P("data") if i == self.batch else P())), arg
-            )
+            jax.tree.map(functools.partial(_placed, NamedSharding(mesh, P("data") if i == self.batch else P())), arg)
             for i, arg in enumerate(self.args)
         ]
         with jax.set_mesh(mesh):
@@ -113,9 +111,7 @@ def transformer_program(name: str, *, scanned: bool, step: bool) -> Program:
     params = jax.eval_shape(lambda: transformer.make_params(SIZES, scanned))
     rows = SIZES.batch_size // SIZES.k if name == ALONE else SIZES.batch_size
     tokens = jax.ShapeDtypeStruct((rows, SIZES.length + 1), jnp.int32)
-    grad_fn = scanning.make_grad_fn(
-        scanning.WHOLE if name == ALONE else name, SIZES.k, SIZES.batch_size, _loss
-    )
+    grad_fn = scanning.make_grad_fn(scanning.WHOLE if name == ALONE else name, SIZES.k, SIZES.batch_size, _loss)
     if not step:
         return Program(grad_fn, (params, tokens))
 
@@ -145,8 +141,7 @@ def data_parallel_program(name: str, num_devices: int = 8) -> Program:
 def tables() -> dict[str, Callable[[], Table]]:
     """Makers of the section's tables, by their first heading."""
     makers: dict[str, Callable[[], Table]] = {
-        f"{name}, streaming": functools.partial(_streaming_table, name, inner)
-        for name, inner in INNER.items()
+        f"{name}, streaming": functools.partial(_streaming_table, name, inner) for name, inner in INNER.items()
     }
     for scanned, step in ((True, False), (True, True), (False, False), (False, True)):
         makers[scanning.title_of(scanned, step)] = functools.partial(_transformer_table, scanned, step)

@@ -53,9 +53,7 @@ def draw_scanning(sweep: dict[str, Any], path: pathlib.Path) -> None:
     _finish(figure, axes[0], "Scanning: a transformer with scanned, rematerialised layers", path)
 
 
-def _draw(
-    ax: Any, points: list[Any], names: tuple[str, ...], field: int, x_scale: float, y_scale: float
-) -> None:
+def _draw(ax: Any, points: list[Any], names: tuple[str, ...], field: int, x_scale: float, y_scale: float) -> None:
     xs = [point[0] * x_scale for point in points]
     for name, width in zip(names, range(len(names), 0, -1), strict=True):
         color, marker = STYLES[name]

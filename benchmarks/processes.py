@@ -74,9 +74,7 @@ def _measure(sizes: Sizes) -> list[list[tuple[int, list[float], list[float]]]]:
     tokens = jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), tokens)
     params = jax.device_get(make_params(sizes, True))
     whole = jax.tree.map(lambda _: P(), params)
-    in_parts = jax.tree.map(
-        lambda x: P(*(None,) * (x.ndim - 1), "data"), params
-    )  # layers lead, where there are any
+    in_parts = jax.tree.map(lambda x: P(*(None,) * (x.ndim - 1), "data"), params)  # layers lead, where there are any
     window = {"data_axes": "data", "param_specs": in_parts}
     settings = [(whole, [{}, {"data_axes": "data"}]), (in_parts, [{}, window, window | {"shard_sums": True}])]
     return [_measure_setting(sizes, mesh, params, tokens, *setting) for setting in settings]
@@ -95,9 +93,7 @@ def _measure_setting(
             contenders[str(each)] = functools.partial(compiled, params, tokens)
         seconds = interleave(contenders, sizes.process_repeats)
         first, *others = contenders
-        rows.append(
-            (k, [median(seconds[name]) for name in contenders], [ratio(seconds, first, x) for x in others])
-        )
+        rows.append((k, [median(seconds[name]) for name in contenders], [ratio(seconds, first, x) for x in others]))
     return rows
 
 

@@ -40,9 +40,7 @@ def _hand_written(loss: Callable[..., Any], k: int) -> Callable[..., Any]:
     return grad_fn
 
 
-def make_grad_fn(
-    name: str, k: int, batch_size: int, loss: Callable[..., Any] = loss_fn
-) -> Callable[..., Any]:
+def make_grad_fn(name: str, k: int, batch_size: int, loss: Callable[..., Any] = loss_fn) -> Callable[..., Any]:
     """(params, batch) -> (loss, gradients)."""
     if name == WHOLE:
         return jax.value_and_grad(loss)
@@ -121,9 +119,7 @@ def title_of(scanned: bool, step: bool) -> str:
     return ("scanned" if scanned else "unrolled") + " layers, " + ("a training step" if step else "gradients")
 
 
-def _table(
-    contenders: dict[str, Contender], seconds: dict[str, list[float]], scanned: bool, step: bool
-) -> Table:
+def _table(contenders: dict[str, Contender], seconds: dict[str, list[float]], scanned: bool, step: bool) -> Table:
     on_gpu = jax.default_backend() != "cpu"
     header = [title_of(scanned, step), "time", "× hand-written", "overhead", "temp", "× hand-written"]
     header += ["device peak"] if on_gpu else []
@@ -179,9 +175,7 @@ def _counts(sizes: Sizes) -> tuple[Table, Target]:
         lambda params, tokens, count: loss_fn(params, tokens), presplit=True, count_argnum=2
     )
     compiled = jax.jit(grad_fn).lower(params, tokens, n).compile()
-    counts = {
-        f"{count} of {n}": functools.partial(compiled, params, tokens, count) for count in (1, n // 2, n)
-    }
+    counts = {f"{count} of {n}": functools.partial(compiled, params, tokens, count) for count in (1, n // 2, n)}
     seconds = interleave(counts, sizes.scan_repeats)
     first, *_, last = seconds
     rows = [tuple(milliseconds(median(times)) for times in seconds.values())]

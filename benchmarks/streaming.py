@@ -131,9 +131,7 @@ def _reads(k: int, grads: Any) -> Contender:
     return Contender(lambda: [read(grads) for _ in range(k)], temp_bytes(read))
 
 
-def make_contenders(
-    inner: Any, k: int, width: int, num_layers: int, names: tuple[str, ...]
-) -> dict[str, Contender]:
+def make_contenders(inner: Any, k: int, width: int, num_layers: int, names: tuple[str, ...]) -> dict[str, Contender]:
     params = make_params(width, num_layers)
     grads = jax.tree.map(lambda x: x * 0.01, params)
     plain = optaccum.accumulate(inner, k)
@@ -217,9 +215,7 @@ def _from_micro_batches(sizes: Sizes) -> tuple[Table, list[Target]]:
     table = Table((f"{size / MIB:.0f} MiB of parameters, AdamW", "window", f"× {TWO_CALLS}", "temp"), rows)
     return table, [
         Target("value_and_update: time over the two calls", ratio(seconds, ONE_CALL, TWO_CALLS), 1.05),
-        Target(
-            "value_and_update: temp over the two calls", windows[ONE_CALL].temp / windows[TWO_CALLS].temp, 0.7
-        ),
+        Target("value_and_update: temp over the two calls", windows[ONE_CALL].temp / windows[TWO_CALLS].temp, 0.7),
     ]
 
 
@@ -239,9 +235,7 @@ def _table(name: str, size: int, contenders: dict[str, Contender], seconds: dict
     return Table(header, rows)
 
 
-def _targets(
-    name: str, size: int, contenders: dict[str, Contender], seconds: dict[str, list[float]]
-) -> list[Target]:
+def _targets(name: str, size: int, contenders: dict[str, Contender], seconds: dict[str, list[float]]) -> list[Target]:
     if name == "Muon":
         return [
             Target("Muon: MultiSteps over apply_gradients", ratio(seconds, MULTI, OURS), 6, at_most=False),
@@ -253,14 +247,10 @@ def _targets(
         Target("apply_gradients: temp, parameter copies", contenders[OURS].temp / size, 0.05),
         Target("MultiSteps over update + apply_updates", ratio(seconds, MULTI, STANDARD), 2.5, at_most=False),
         Target("update + apply_updates: temp, parameter copies", contenders[STANDARD].temp / size, 1.01),
-        Target(
-            "update + apply_updates: options on over off", ratio(seconds, STANDARD_OPTIONS, STANDARD), 1.1
-        ),
+        Target("update + apply_updates: options on over off", ratio(seconds, STANDARD_OPTIONS, STANDARD), 1.1),
         Target("apply_gradients: options on over off", ratio(seconds, OPTIONS, OURS), 1.1),
         Target("options on over off and the reads", over_sum(seconds, OPTIONS, (OURS, READS)), 1.1),
-        Target(
-            "options on over the hand-written pair with them", ratio(seconds, OPTIONS, HAND_OPTIONS), 1.05
-        ),
+        Target("options on over the hand-written pair with them", ratio(seconds, OPTIONS, HAND_OPTIONS), 1.05),
         Target("options on: temp, parameter copies", contenders[OPTIONS].temp / size, 0.05),
     ]
     if TORCH in seconds:

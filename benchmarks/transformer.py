@@ -30,9 +30,7 @@ def make_params(sizes: Sizes, scanned: bool) -> dict[str, Any]:
 
 
 def make_tokens(sizes: Sizes) -> jax.Array:
-    return jax.random.randint(
-        jax.random.key(1), (sizes.batch_size, sizes.length + 1), 0, sizes.vocabulary, jnp.int32
-    )
+    return jax.random.randint(jax.random.key(1), (sizes.batch_size, sizes.length + 1), 0, sizes.vocabulary, jnp.int32)
 
 
 def _normalize(x: jax.Array) -> jax.Array:

@@ -31,9 +31,7 @@ class _Formulas(Preprocessor):
 
     def _stash(self, latex: str, display: str) -> str:
         formula = convert(" ".join(latex.split()), display=display)
-        return self.md.htmlStash.store(
-            f'<div class="formula">{formula}</div>' if display == "block" else formula
-        )
+        return self.md.htmlStash.store(f'<div class="formula">{formula}</div>' if display == "block" else formula)
 
 
 class _FormulasExtension(Extension):

@@ -113,9 +113,7 @@ def _check_settings(manager: ocp.CheckpointManager, then: dict[str, Any], now: d
 def _set_aside(manager: ocp.CheckpointManager, step: int, error: Exception) -> None:
     """Rename a checkpoint, so that its step can be saved again."""
     aside = manager.directory / f"unreadable-{step}"
-    tqdm.write(
-        f"Checkpoint {step} cannot be read; it is now {aside}.\n  {str(error).strip().splitlines()[0]}"
-    )
+    tqdm.write(f"Checkpoint {step} cannot be read; it is now {aside}.\n  {str(error).strip().splitlines()[0]}")
     if jax.process_index() == 0:
         (manager.directory / str(step)).rename(aside)
     manager.reload()

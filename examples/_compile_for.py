@@ -90,9 +90,7 @@ def report(
     plan = None
     if memory is not None:
         limit = memory * _targets.GIB or target.memory
-        plan = optaccum.plan_microbatches(
-            make_step, step_args, batch_size=rows_per_device, memory_limit=limit
-        )
+        plan = optaccum.plan_microbatches(make_step, step_args, batch_size=rows_per_device, memory_limit=limit)
         num_microbatches = plan.num_microbatches
         print(plan)
     compiled = make_step(num_microbatches).lower(*step_args).compile()
@@ -134,9 +132,7 @@ def compare(
     print("--fsdp   micro-batches   MiB needed   MiB on the wire")
     for name, make_step in steps.items():
         try:
-            plan = optaccum.plan_microbatches(
-                make_step, step_args, batch_size=rows_per_device, memory_limit=memory
-            )
+            plan = optaccum.plan_microbatches(make_step, step_args, batch_size=rows_per_device, memory_limit=memory)
         except ValueError as error:
             print(f"{name:9}{error}")
             continue

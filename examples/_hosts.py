@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="several hosts, which JAX finds by itself (TPU pods, Slurm, Open MPI, Kubernetes)",
     )
-    group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="where process 0 listens, where JAX cannot tell"
-    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, where JAX cannot tell")
     group.add_argument("--num-processes", type=int, metavar="N", help="with --coordinator")
     group.add_argument("--process-id", type=int, metavar="I", help="with --coordinator: from 0 to N - 1")
     group.add_argument(
@@ -40,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="without a sign of the other hosts, after which to give up (default: %(default)s)",
     )
-    group.add_argument(
-        "--simulate-devices", type=int, metavar="N", help="pretend that this host's CPU is N devices"
-    )
+    group.add_argument("--simulate-devices", type=int, metavar="N", help="pretend that this host's CPU is N devices")
 
 
 def start(args: argparse.Namespace) -> None:
@@ -63,9 +59,7 @@ def start(args: argparse.Namespace) -> None:
         )
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
-        raise SystemExit(
-            f"error: every host must have as many devices as the others; they have {dict(counts)}."
-        )
+        raise SystemExit(f"error: every host must have as many devices as the others; they have {dict(counts)}.")
 
 
 def make_mesh(model_devices: int, batch_size: int, num_microbatches: int) -> Mesh:

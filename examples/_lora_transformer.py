@@ -45,9 +45,7 @@ class Transformer(nnx.Module):
     """From bytes to the next byte's logits."""
 
     def __init__(self, size: Size, rngs: nnx.Rngs):
-        embed = partial(
-            nnx.Embed, features=size.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
-        )
+        embed = partial(nnx.Embed, features=size.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
         self.embed = embed(VOCABULARY)
         self.positions = embed(size.length)
         self.layers = nnx.List([Layer(size, rngs) for _ in range(size.layers)])

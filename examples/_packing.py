@@ -59,9 +59,7 @@ def pack(pairs: Sequence[Pair], length: int) -> Rows:
     for i, texts in enumerate(rows):
         row = np.concatenate(texts, axis=1)
         packed[:, i, : row.shape[1]] = row
-    return Rows(
-        *(x.astype(t) for x, t in zip(packed, (np.uint8, np.uint8, np.int32, np.int32, bool), strict=True))
-    )
+    return Rows(*(x.astype(t) for x, t in zip(packed, (np.uint8, np.uint8, np.int32, np.int32, bool), strict=True)))
 
 
 def whole_rows(documents: Sequence[bytes], length: int) -> Rows:

@@ -111,9 +111,7 @@ def logits_of(params: PyTree, inputs: jax.Array, dtype: Any, rows_on: Any) -> ja
     return jnp.einsum("btd,vd->btv", x, params["embedding"].astype(dtype), preferred_element_type=jnp.float32)
 
 
-def loss_fn(
-    params: PyTree, rows: jax.Array, dtype: Any = jnp.float32, rows_on: Any = None
-) -> optaccum.WeightedMean:
+def loss_fn(params: PyTree, rows: jax.Array, dtype: Any = jnp.float32, rows_on: Any = None) -> optaccum.WeightedMean:
     """Cross-entropy per byte of text: padding does not count, however much of it a micro-batch has.
 
     Args:
@@ -123,8 +121,6 @@ def loss_fn(
       rows_on: how activations are sharded, where JAX places the collectives: it might shard them as the embedding.
     """
     inputs, targets = rows[:, :-1].astype(jnp.int32), rows[:, 1:].astype(jnp.int32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits_of(params, inputs, dtype, rows_on), targets
-    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits_of(params, inputs, dtype, rows_on), targets)
     is_text = targets != 0
     return optaccum.WeightedMean(jnp.sum(losses, where=is_text), jnp.sum(is_text))

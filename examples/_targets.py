@@ -52,9 +52,7 @@ def check(name: str) -> str:
     """The name, if it can be one; whether there are such topologies the compiler knows."""
     kind, _, shape = name.partition(":")
     if kind not in MEMORY or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        raise ValueError(
-            f'expected a target such as "v5e:2x4" or "h100:1x1x8", of {", ".join(MEMORY)}; got {name!r}.'
-        )
+        raise ValueError(f'expected a target such as "v5e:2x4" or "h100:1x1x8", of {", ".join(MEMORY)}; got {name!r}.')
     return name
 
 

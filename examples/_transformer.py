@@ -66,9 +66,7 @@ class Experts(nn.Module):
         logits = nn.Dense(experts, use_bias=False)(x.astype(jnp.float32))
         probability = jnp.where(is_token[..., None], jax.nn.softmax(logits), 0.0)  # batch, time, expert
         chosen = jax.nn.one_hot(logits.argmax(-1), experts) * is_token[..., None]
-        seat = (jnp.cumsum(chosen, axis=1) * chosen).astype(
-            jnp.int32
-        ) - 1  # -1, or one past the last: no seat
+        seat = (jnp.cumsum(chosen, axis=1) * chosen).astype(jnp.int32) - 1  # -1, or one past the last: no seat
         dispatch = jax.nn.one_hot(seat, capacity, dtype=x.dtype)  # batch, time, expert, seat
 
         init = nn.initializers.lecun_normal(batch_axis=0)
@@ -114,9 +112,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array, is_token: jax.Array) -> tuple[jax.Array, Router | None]:
         size = self.size
-        layer = (
-            Layer if size.remat == "none" else nn.remat(Layer, prevent_cse=False, policy=_policy(size.remat))
-        )
+        layer = Layer if size.remat == "none" else nn.remat(Layer, prevent_cse=False, policy=_policy(size.remat))
         scanned = nn.scan(
             layer,
             variable_axes={"params": 0},

@@ -196,9 +196,7 @@ def train(
 def temp_bytes(compiled: jax.stages.Compiled) -> int:
     analysis = compiled.memory_analysis()
     if analysis is None:
-        raise SystemExit(
-            f"error: the {jax.default_backend()} backend does not say how much memory a program takes"
-        )
+        raise SystemExit(f"error: the {jax.default_backend()} backend does not say how much memory a program takes")
     return analysis.temp_size_in_bytes
 
 
@@ -262,9 +260,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     args = parse(argv)
     pairs, test = read_pairs(args.seed)
     if len(pairs.left) < args.batch_size:
-        raise SystemExit(
-            f"error: {len(pairs.left)} training pairs do not fill --batch-size {args.batch_size}"
-        )
+        raise SystemExit(f"error: {len(pairs.left)} training pairs do not fill --batch-size {args.batch_size}")
     model = Towers(args.width)
     batch = batch_of(pairs, 0, args.batch_size, args.seed)
     params = jax.jit(model.init)(jax.random.key(args.seed), batch)

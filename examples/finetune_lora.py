@@ -206,9 +206,7 @@ def draw(result: Result, asked: int, path: pathlib.Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     curve, sizes, counts = figure.subplots(1, 3, width_ratios=[2, 1, 1])
     curve.plot(np.cumsum(result.update_bytes), result.losses, color=BLUE, linewidth=1.2)
-    curve.set(
-        xlabel="bytes of docstrings", ylabel="training loss (nats per byte)", title="A point per update"
-    )
+    curve.set(xlabel="bytes of docstrings", ylabel="training loss (nats per byte)", title="A point per update")
     sizes.hist(result.update_bytes, color=ORANGE)
     sizes.axvline(asked, color=GREY, linestyle="--")
     sizes.set(xlabel="bytes in an update", title="Closed by bytes")

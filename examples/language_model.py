@@ -254,23 +254,13 @@ def table(results: Sequence[Result]) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, figure="figures/language_model.png")
-    parser.add_argument(
-        "--data", type=pathlib.Path, help="text file or folder (default: Python's standard library)"
-    )
-    parser.add_argument(
-        "--max-bytes", type=positive_int, default=4_000_000, help=f"of text to read {DEFAULT}"
-    )
+    parser.add_argument("--data", type=pathlib.Path, help="text file or folder (default: Python's standard library)")
+    parser.add_argument("--max-bytes", type=positive_int, default=4_000_000, help=f"of text to read {DEFAULT}")
     parser.add_argument("--updates", type=positive_int, default=150, help=f"optimizer updates {DEFAULT}")
     parser.add_argument("--batch-size", type=positive_int, default=64, help=f"documents per update {DEFAULT}")
-    parser.add_argument(
-        "--microbatches", type=positive_int, default=8, help=f"micro-batches per update {DEFAULT}"
-    )
-    parser.add_argument(
-        "--calls-per-update", type=positive_int, help="calls per update (default: 4; 1 with --experts)"
-    )
-    parser.add_argument(
-        "--length", type=positive_int, default=128, help=f"most bytes of a document {DEFAULT}"
-    )
+    parser.add_argument("--microbatches", type=positive_int, default=8, help=f"micro-batches per update {DEFAULT}")
+    parser.add_argument("--calls-per-update", type=positive_int, help="calls per update (default: 4; 1 with --experts)")
+    parser.add_argument("--length", type=positive_int, default=128, help=f"most bytes of a document {DEFAULT}")
     parser.add_argument("--layers", type=positive_int, default=4, help=DEFAULT)
     parser.add_argument("--width", type=positive_int, default=64, help=DEFAULT)
     parser.add_argument("--heads", type=positive_int, default=4, help=DEFAULT)
@@ -283,9 +273,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         f"(dots); each layer, from its input offloaded to the host's memory {DEFAULT}",
     )
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; all sums stay float32")
-    parser.add_argument(
-        "--compare", action="store_true", help="train the whole batch and the mean of means too"
-    )
+    parser.add_argument("--compare", action="store_true", help="train the whole batch and the mean of means too")
     args = parser.parse_args(argv)
     args.calls_per_update = args.calls_per_update or (1 if args.experts else math.gcd(4, args.microbatches))
     check(parser, args)
@@ -296,9 +284,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.batch_size < args.microbatches:
         parser.error(f"--batch-size {args.batch_size} cannot make {args.microbatches} micro-batches")
     if args.microbatches % args.calls_per_update:
-        parser.error(
-            f"--calls-per-update must divide --microbatches {args.microbatches}, got {args.calls_per_update}"
-        )
+        parser.error(f"--calls-per-update must divide --microbatches {args.microbatches}, got {args.calls_per_update}")
     if args.width % args.heads:
         parser.error(f"--heads must divide --width {args.width}, got {args.heads}")
     if args.length <= PROMPT:
@@ -321,9 +307,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Train; returns a result per way, optaccum first."""
     args = parse(argv)
     dtype = jnp.bfloat16 if args.bf16 else jnp.float32
-    model = Transformer(
-        Size(args.layers, args.width, args.heads, args.length, args.experts, args.remat, dtype)
-    )
+    model = Transformer(Size(args.layers, args.width, args.heads, args.length, args.experts, args.remat, dtype))
     rows = as_rows(paragraphs(read_documents(args.data, args.max_bytes)), args.length)
     rows = np.random.default_rng(args.seed).permutation(rows)
     num_held_out = min(256, len(rows) // 5)

@@ -243,9 +243,7 @@ def max_difference(a: PyTree, b: PyTree) -> float:
 def temp_bytes(compiled: jax.stages.Compiled) -> int:
     analysis = compiled.memory_analysis()
     if analysis is None:
-        raise RuntimeError(
-            f"the {jax.default_backend()} backend does not say how much memory a program takes"
-        )
+        raise RuntimeError(f"the {jax.default_backend()} backend does not say how much memory a program takes")
     return analysis.temp_size_in_bytes
 
 
@@ -296,9 +294,7 @@ def draw(results: Sequence[Result], path: pathlib.Path) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = "(default: %(default)s)"
     parser.add_argument("--updates", type=int, default=200, help=f"optimizer updates {defaults}")
     parser.add_argument("--batch-size", type=int, default=256, help=f"images per update {defaults}")
@@ -311,9 +307,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.updates < 1:
         parser.error(f"--updates must be at least 1, got {args.updates}")
     if not 1 <= args.batch_size <= TRAIN_SIZE:
-        parser.error(
-            f"--batch-size must be from 1 to {TRAIN_SIZE}, the training images; got {args.batch_size}"
-        )
+        parser.error(f"--batch-size must be from 1 to {TRAIN_SIZE}, the training images; got {args.batch_size}")
     if args.microbatches < 1 or args.batch_size % args.microbatches:
         parser.error(
             f"--microbatches must divide --batch-size {args.batch_size}, got {args.microbatches} "
@@ -337,9 +331,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         optax_microbatch(tx, args.batch_size // args.microbatches),
     ]
     first = next(batches)
-    runs = [
-        start(way, params, first) for way in tqdm(ways, "compiling", unit="way", leave=False, disable=None)
-    ]
+    runs = [start(way, params, first) for way in tqdm(ways, "compiling", unit="way", leave=False, disable=None)]
     progress = tqdm(range(args.updates), "training", unit="update", disable=None)  # where there is a terminal
     for _ in progress:
         batch = next(batches)

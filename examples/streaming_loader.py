@@ -143,9 +143,7 @@ def train(rows: np.ndarray, args: argparse.Namespace) -> Result:
     params, opt_state = state["params"], state["opt_state"]
 
     last = args.epochs * math.ceil(len(rows) / args.microbatch_size)
-    bar = progress_bar(
-        "training", args.epochs * len(rows), initial=first * args.microbatch_size, unit="paragraph"
-    )
+    bar = progress_bar("training", args.epochs * len(rows), initial=first * args.microbatch_size, unit="paragraph")
     stream = micro_batches(rows, args.microbatch_size, args.seed, first)
     for i, (micro_batch, ends_epoch) in zip(range(first + 1, last + 1), stream, strict=False):
         params, opt_state, loss, tokens = programs.step(params, opt_state, micro_batch)

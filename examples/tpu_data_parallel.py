@@ -150,9 +150,7 @@ def specs_of(args: argparse.Namespace) -> PyTree:
     return transformer.FSDP_SPECS if args.fsdp else transformer.SPECS
 
 
-def make_step(
-    args: argparse.Namespace, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
-) -> Callable[..., Any]:
+def make_step(args: argparse.Namespace, tx: optax.GradientTransformationExtraArgs, mesh: Mesh) -> Callable[..., Any]:
     """One call: a batch's gradient, crossing hosts once, enters the window."""
     dtype = jnp.bfloat16 if args.bfloat16 else jnp.float32
     once = {"data_axes": "data", "param_specs": specs_of(args), "gather_dtype": dtype}
@@ -176,9 +174,7 @@ def make_step(
 def make_init(args: argparse.Namespace, tx: optax.GradientTransformationExtraArgs, mesh: Mesh) -> Any:
     """From a key to parameters and optimizer state, made where they will live: no host ever holds a large model."""
     size = transformer.Size(args.layers, args.width, args.heads, args.length)
-    shardings = jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), specs_of(args), is_leaf=lambda x: isinstance(x, P)
-    )
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_of(args), is_leaf=lambda x: isinstance(x, P))
 
     def init(key):
         params = jax.lax.with_sharding_constraint(transformer.init_params(size, key), shardings)
@@ -226,9 +222,7 @@ def compile_for(args: argparse.Namespace) -> _compile_for.CompiledFor | dict[str
         steps = {name: functools.partial(make_jitted, fsdp=name) for name in FSDP}
         memory = args.memory * _targets.GIB or target.memory
         return _compile_for.compare(steps, step_args, mesh, args.layers, rows_per_device, memory)
-    return _compile_for.report(
-        target, make_jitted, step_args, args.microbatches, rows_per_device, args.memory
-    )
+    return _compile_for.report(target, make_jitted, step_args, args.microbatches, rows_per_device, args.memory)
 
 
 def note(record: dict[str, Any], metrics: PyTree, bar: Any, num_rows: int, began: float) -> bool:
@@ -260,14 +254,10 @@ def run_calls(run: Run, first_call: int, state: PyTree, record: dict[str, Any]) 
     """
     args, total = run.args, run.args.updates * run.args.calls_per_update
     to_devices = functools.partial(jax.make_array_from_process_local_data, NamedSharding(run.mesh, P("data")))
-    bar = _common.progress_bar(
-        "training", total * args.batch_size, initial=first_call * args.batch_size, unit="row"
-    )
+    bar = _common.progress_bar("training", total * args.batch_size, initial=first_call * args.batch_size, unit="row")
     bar.disable |= jax.process_index() > 0
     compiled, behind, stopped, began = None, None, False, time.perf_counter()
-    for call, local_rows in zip(
-        range(first_call + 1, total + 1), batches(run.rows, args, first_call), strict=False
-    ):
+    for call, local_rows in zip(range(first_call + 1, total + 1), batches(run.rows, args, first_call), strict=False):
         rows, stop = to_devices(local_rows), to_devices(np.full(len(local_rows), bool(run.stop_wishes)))
         if compiled is None:
             jitted = jit_step(run.step, state, run.mesh)
@@ -343,9 +333,7 @@ def draw(result: Result, args: argparse.Namespace) -> None:
         speed_axes.plot(calls[start:end:k][1:], k * args.batch_size / seconds, color=_common.BLUE)
     for axes in loss_axes, speed_axes:
         for i, start in enumerate(record["starts"][1:]):
-            axes.axvline(
-                start, color=_common.VERMILION, linestyle="--", linewidth=1, label="" if i else "resumed"
-            )
+            axes.axvline(start, color=_common.VERMILION, linestyle="--", linewidth=1, label="" if i else "resumed")
     loss_axes.set(xlabel="call", ylabel="loss (nats per byte)", title="Training loss")
     speed_axes.set(xlabel="call", ylabel="rows per second", title="Speed, saving included", ylim=(0, None))
     loss_axes.legend(frameon=False)

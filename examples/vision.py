@@ -148,9 +148,7 @@ def read_images(folder: pathlib.Path | None, resolution: int) -> tuple[Images, i
         pixels = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
         return Images(pixels, digits.target.astype(np.int32)), 10
     classes = sorted(p for p in folder.glob("*") if p.is_dir())
-    files = [
-        (file, label) for label, c in enumerate(classes) for file in sorted(c.iterdir()) if file.is_file()
-    ]
+    files = [(file, label) for label, c in enumerate(classes) for file in sorted(c.iterdir()) if file.is_file()]
     if len(classes) < 2 or not files:
         raise SystemExit(f"error: --data {folder} expects a folder with a folder of images for each class")
     pixels = np.stack([read_image(file, resolution) for file, _ in files])
@@ -250,9 +248,7 @@ def draw(result: Result, path: pathlib.Path) -> None:
     needs, curve = figure.subplots(1, 2)
     probes = [probe for probe in sorted(plan.probes) if np.isfinite(probe.num_bytes)]
     colors = [BLUE if p.num_microbatches == plan.num_microbatches else GREY for p in probes]
-    bars = needs.bar(
-        [str(p.num_microbatches) for p in probes], [p.num_bytes / 1e6 for p in probes], color=colors
-    )
+    bars = needs.bar([str(p.num_microbatches) for p in probes], [p.num_bytes / 1e6 for p in probes], color=colors)
     needs.bar_label(bars, fmt="%.0f", padding=2)
     limit = plan.memory_limit / 1e6
     needs.axhline(limit, color=VERMILION, linestyle="--", label=f"memory: {limit:,.0f} MB")

@@ -26,9 +26,7 @@ def check_accumulator_dtype(accumulator_dtype: Any) -> AccumulatorDType:
             f"got {accumulator_dtype!r}."
         ) from error
     if not jnp.issubdtype(dtype, jnp.inexact):
-        raise ValueError(
-            f"expected accumulator_dtype to be a floating dtype; got {dtype}, which truncates gradients."
-        )
+        raise ValueError(f"expected accumulator_dtype to be a floating dtype; got {dtype}, which truncates gradients.")
     return accumulator_dtype
 
 
@@ -99,9 +97,7 @@ def as_scalar(name: str, value: Any) -> jax.Array:
     except TypeError as error:
         raise TypeError(f"expected {name} to be a real scalar; got {type(value).__name__}.") from error
     if shape != ():
-        raise ValueError(
-            f"expected {name} to be a scalar; got shape {shape}. Reduce it over the micro-batch."
-        )
+        raise ValueError(f"expected {name} to be a scalar; got shape {shape}. Reduce it over the micro-batch.")
     is_real = jnp.issubdtype(dtype, np.number) and not jnp.issubdtype(dtype, jnp.complexfloating)
     if not is_real and dtype != jnp.bool_:
         raise TypeError(f"expected {name} to be a real scalar; got dtype {dtype}.")
@@ -111,9 +107,7 @@ def as_scalar(name: str, value: Any) -> jax.Array:
 def as_flag(name: str, value: Any) -> jax.Array:
     """`value` as a bool scalar; raises by `name` where it is none."""
     if jnp.shape(value) != () or dtype_of(value) != jnp.bool_:
-        raise TypeError(
-            f"expected {name} to be a bool scalar, traced or not; got {value!r}. A comparison makes one."
-        )
+        raise TypeError(f"expected {name} to be a bool scalar, traced or not; got {value!r}. A comparison makes one.")
     return jnp.asarray(value)
 
 

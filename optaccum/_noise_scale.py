@@ -54,9 +54,7 @@ def estimate_noise(num_terms: Any, sq_norm_sum: Any, mean_sq_norm: Any, weight_s
       mean_sq_norm: |g|^2, shape=().
       weight_sum: N, shape=().
     """
-    num_terms, *sums = (
-        jnp.asarray(x, jnp.float32) for x in (num_terms, sq_norm_sum, mean_sq_norm, weight_sum)
-    )
+    num_terms, *sums = (jnp.asarray(x, jnp.float32) for x in (num_terms, sq_norm_sum, mean_sq_norm, weight_sum))
     sq_norm_sum, mean_sq_norm, weight_sum = sums
     known = (num_terms > 1) & (weight_sum != 0)
     weight = jnp.where(known, weight_sum, 1)
@@ -88,9 +86,7 @@ def init_noise_state() -> NoiseScaleState:
     return NoiseScaleState(jnp.zeros([], jnp.int32), zero(), NoiseEstimates(zero(), zero()), zero())
 
 
-def add_term(
-    state: NoiseScaleState, first: jax.Array, grads: Any, weight: jax.Array, is_mean: bool
-) -> NoiseScaleState:
+def add_term(state: NoiseScaleState, first: jax.Array, grads: Any, weight: jax.Array, is_mean: bool) -> NoiseScaleState:
     """The open window's sums with a micro-step's n |g|^2, g being its mean gradient over n.
 
     Args:

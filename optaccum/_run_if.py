@@ -51,9 +51,7 @@ def _varied_as_it_returns(fn: Callable[..., list[Any]], leaves: list[Any]) -> tu
         leaves = varied
 
 
-def _run_jaxpr_if(
-    fn: Callable[..., list[Any]], predicate: Any, leaves: list[Any], consts: list[Any]
-) -> list[Any]:
+def _run_jaxpr_if(fn: Callable[..., list[Any]], predicate: Any, leaves: list[Any], consts: list[Any]) -> list[Any]:
     def call(leaves, consts):
         return fn(*consts, *leaves)
 

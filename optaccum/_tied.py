@@ -92,9 +92,7 @@ _tie.defvjp(_tie_forward, _tie_backward)
 
 
 def _call_eqn(eqn: Any, args: list[jax.Array], debug_info: Any) -> list[jax.Array]:
-    arrays = {
-        var: x for var, x in zip(eqn.invars, args, strict=True) if not isinstance(var, jex_core.Literal)
-    }
+    arrays = {var: x for var, x in zip(eqn.invars, args, strict=True) if not isinstance(var, jex_core.Literal)}
     jaxpr = jex_core.Jaxpr((), list(arrays), eqn.outvars, [eqn], eqn.effects, debug_info)
     return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(jaxpr, ()))(*arrays.values())
 
@@ -130,9 +128,7 @@ def _follow_scan(eqn: Any, args: list[Any], use: Callable[[Any], jax.Array]) -> 
 
     if not any(can_slice(i, x) for i, x in enumerate(args)):
         return None
-    args = [
-        x if can_slice(i, x) else use(var) for i, (x, var) in enumerate(zip(args, eqn.invars, strict=True))
-    ]
+    args = [x if can_slice(i, x) else use(var) for i, (x, var) in enumerate(zip(args, eqn.invars, strict=True))]
     consts, carry, xs = args[:num_consts], args[num_consts:-num_xs], args[-num_xs:]
     arrays, tie = _apart(xs, sliced=True)
 

@@ -64,6 +64,5 @@ def hoisted(closed: Any) -> jex_core.Jaxpr:
 
 def _has_scan(jaxpr: jex_core.Jaxpr) -> bool:
     return any(
-        eqn.primitive.name == "scan" or any(map(_has_scan, jex_core.jaxprs_in_params(eqn.params)))
-        for eqn in jaxpr.eqns
+        eqn.primitive.name == "scan" or any(map(_has_scan, jex_core.jaxprs_in_params(eqn.params))) for eqn in jaxpr.eqns
     )

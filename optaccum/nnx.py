@@ -108,9 +108,7 @@ def value_and_grad(
         graphdef, params, keys, state = nnx.split(objects, is_diff, nnx.RngKey, ...)
         pure = [_box(params.get(n, nnx.State({}))) for n in range(len(objects))]
         args, kwargs = jax.tree.unflatten(structure, _replace(leaves, places, pure))
-        (loss, (carry, (sown, aux))), grads, *info = pure_grad_fn(
-            *args, (graphdef, places), (keys, state), **kwargs
-        )
+        (loss, (carry, (sown, aux))), grads, *info = pure_grad_fn(*args, (graphdef, places), (keys, state), **kwargs)
         nnx.update(objects, *carry, sown)
         grads = jax.tree.map(_unbox, grads, is_leaf=_is_leaf)
         return ((loss, aux) if has_aux else loss, grads, *info)
@@ -245,9 +243,7 @@ def _pop_sown(objects: list[Any], is_diff: Callable[[Any, Any], bool]) -> nnx.St
 
 def _check_same_variables(before: Sequence[nnx.State], after: Sequence[nnx.State]) -> None:
     """Raises, by name, for what the loss adds to the objects or takes away."""
-    old, new = (
-        {path[1:] for state in states for path, _ in nnx.to_flat_state(state)} for states in (before, after)
-    )
+    old, new = ({path[1:] for state in states for path, _ in nnx.to_flat_state(state)} for states in (before, after))
     if changed := sorted("/".join(map(str, path)) for path in old ^ new):
         raise TypeError(
             f"expected the loss to leave the NNX objects with the Variables they came with; it adds or removes "

@@ -72,9 +72,7 @@ def assert_trees_close(actual: Any, expected: Any, *, rtol: float = 1e-6, atol: 
             a, b = a.astype(wide), b.astype(wide)
             with np.errstate(invalid="ignore"):
                 wrong &= ~(np.abs(a - b) <= atol + rtol * np.where(np.isfinite(b), np.abs(b), 0.0))
-        assert not wrong.any(), (
-            f"{name}: {wrong.sum()} of {wrong.size} differ beyond {rtol=}, {atol=}\n{a}\n{b}"
-        )
+        assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.size} differ beyond {rtol=}, {atol=}\n{a}\n{b}"
 
 
 def _pairs(actual: Any, expected: Any) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:

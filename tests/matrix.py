@@ -85,9 +85,7 @@ def copy_tests() -> pathlib.Path:
     folder = BUILD / "elsewhere"
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("tests", "examples"):
-        shutil.copytree(
-            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", *OF_THE_CHECKOUT)
-        )
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", *OF_THE_CHECKOUT))
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
 
@@ -96,9 +94,7 @@ def check_import(python: str | pathlib.Path, expected: pathlib.Path, pythonpath:
     """Raises unless it is the package in `expected` that is tested."""
     command = [str(python), "-P", "-c", "import optaccum; print(optaccum.__file__)"]
     env = os.environ | {"PYTHONPATH": pythonpath}
-    file = subprocess.run(
-        command, cwd=BUILD, env=env, check=True, capture_output=True, text=True
-    ).stdout.strip()
+    file = subprocess.run(command, cwd=BUILD, env=env, check=True, capture_output=True, text=True).stdout.strip()
     if not pathlib.Path(file).is_relative_to(expected):
         raise SystemExit(f"expected to test the package in {expected}; it is {file}")
 

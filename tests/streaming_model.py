@@ -138,10 +138,7 @@ def run_model(setting, ks, calls, wrong=""):
     sums = [0.0] * len(jax.tree.leaves(TREES[setting.tree]))
     for call in calls:
         weight = float(call.weight) if setting.weighted_by and wrong != "drop the weight" else 1.0
-        leaves = [
-            leaf.astype(complex if np.iscomplexobj(leaf) else float)
-            for leaf in gradient_of(setting.tree, call)
-        ]
+        leaves = [leaf.astype(complex if np.iscomplexobj(leaf) else float) for leaf in gradient_of(setting.tree, call)]
         if weight == 0 and wrong != "mask by multiplication":
             leaves = [np.zeros_like(leaf) for leaf in leaves]
         updates = None

@@ -56,9 +56,7 @@ def _sources() -> list[pathlib.Path]:
 
 def _exports() -> list[str]:
     return sorted(
-        name
-        for name, value in vars(optaccum).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
+        name for name, value in vars(optaccum).items() if not name.startswith("_") and not inspect.ismodule(value)
     )
 
 
@@ -134,9 +132,7 @@ def _functions() -> list[str]:
 
 
 def test_two_files_know_flax():
-    knowing = {
-        source.name for source in _sources() for name in _imported(source) if name.split(".")[0] == "flax"
-    }
+    knowing = {source.name for source in _sources() for name in _imported(source) if name.split(".")[0] == "flax"}
     assert knowing == {"nnx.py", "linen.py"}
 
 
@@ -149,9 +145,7 @@ FLAX = [
 
 @pytest.mark.parametrize(("module", "name"), FLAX, ids=lambda x: getattr(x, "__name__", x))
 def test_names_for_flax_are_documented(module, name):
-    public = [
-        key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
-    ]
+    public = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
     assert sorted(key for key in public if key[0] != "_") == sorted(key for m, key in FLAX if m is module)
     assert "Example:" in inspect.getdoc(getattr(module, name))
 

@@ -53,9 +53,7 @@ def _run_page(text: str, filename: str) -> int:
     return len(blocks)
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name not in RUN_ELSEWHERE], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in RUN_ELSEWHERE], ids=lambda page: page.name)
 def test_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KERAS_BACKEND", "jax")  # both read when it is first imported

@@ -62,9 +62,7 @@ def test_leaves_without_a_gradient_stay_as_they_are():
     params = {"w": jnp.ones(2), "n": jnp.int32(16_777_217), "none": None, "masked": optax.MaskedNode()}
     grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2), allow_int=True)(params)
     assert grads["n"].dtype == jax.dtypes.float0
-    tx = optaccum.accumulate(
-        optax.adamw(0.1, weight_decay=0.5), 2, should_skip_update_fn=optax.skip_not_finite
-    )
+    tx = optaccum.accumulate(optax.adamw(0.1, weight_decay=0.5), 2, should_skip_update_fn=optax.skip_not_finite)
     updates, _ = run(tx, [grads] * 2, params, jit=False)
     new = optax.apply_updates({k: params[k] for k in "wn"}, {k: updates[-1][k] for k in "wn"})
     assert int(new["n"]) == 16_777_217  # odd beyond 2^24: through a float it would move

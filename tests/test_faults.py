@@ -46,9 +46,7 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
     half_written = 0
     for kill in range(KILLS):
         sent = (signal.SIGKILL, signal.SIGTERM)[kill % 2]
-        with subprocess.Popen(
-            [*command, "10000", pause], env=env, stdout=subprocess.PIPE, text=True
-        ) as process:
+        with subprocess.Popen([*command, "10000", pause], env=env, stdout=subprocess.PIPE, text=True) as process:
             for _ in range(rng.randrange(1, CALLS_PER_LIFE)):
                 assert process.stdout.readline(), "the program ended by itself"
             time.sleep(rng.uniform(0, 0.02))

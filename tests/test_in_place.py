@@ -115,9 +115,7 @@ def test_references_alone_are_silently_wrong_in_an_outer_scan():
 
 @pytest.mark.parametrize("transform", [jax.jit, lambda fn: fn], ids=["jit", "eager"])
 def test_untransformed_the_fast_form_runs(transform):
-    assert_trees_equal(
-        transform(run_as(with_references, times(0)))(OPERANDS), transform(with_references)(OPERANDS)
-    )
+    assert_trees_equal(transform(run_as(with_references, times(0)))(OPERANDS), transform(with_references)(OPERANDS))
     with pytest.raises(AssertionError):
         assert_trees_equal(transform(run_as(times(0), with_carry))(OPERANDS), transform(with_carry)(OPERANDS))
 

@@ -56,9 +56,7 @@ def test_gives_what_flaxs_own_gives_in_the_same_fields(accumulates):
     flax_state = trained(make(tx, train_state.TrainState), batches)
     as_dict = serialization.to_state_dict
     assert_trees_close(as_dict(state), as_dict(flax_state))
-    assert_trees_equal(
-        as_dict(serialization.from_state_dict(make(tx), as_dict(flax_state))), as_dict(flax_state)
-    )
+    assert_trees_equal(as_dict(serialization.from_state_dict(make(tx), as_dict(flax_state))), as_dict(flax_state))
     with pytest.raises(AssertionError):
         assert_trees_close(as_dict(state), as_dict(trained(state, batches[:1])))
 

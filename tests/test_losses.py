@@ -179,9 +179,7 @@ ROWS = {
     "preference": Row(batch_of("answers"), preference, []),
     "preference_and_likelihood": Row(
         batch_of("answers"),
-        lambda page, params, pairs: (
-            preference(page, params, pairs) + 0.2 * likelihood(page, params, pairs["chosen"])
-        ),
+        lambda page, params, pairs: preference(page, params, pairs) + 0.2 * likelihood(page, params, pairs["chosen"]),
         [one_count("preference_and_likelihood")],
     ),
     "ppo": Row(batch_of("rollouts"), ppo, [one_count("ppo"), whitened_inside]),
@@ -195,9 +193,7 @@ ROWS = {
         lambda page: (page["batch"], page["count"] / page["count"].sum()), load_balancing, [own_shares]
     ),
     "contrastive": Row(batch_of("answers"), contrastive, [contrastive]),
-    "distillation": Row(
-        lambda page: (page["batch"], page["teacher"]), distillation, [divided("distillation")]
-    ),
+    "distillation": Row(lambda page: (page["batch"], page["teacher"]), distillation, [divided("distillation")]),
 }
 
 
@@ -244,9 +240,7 @@ def test_the_table_has_these_rows():
 def test_a_pair_is_a_row(page):
     """Chosen and rejected in alternate rows: a micro-batch of every fourth row holds no pairs."""
     params, pairs = page["params"], page["answers"]
-    alternate = jax.tree.map(
-        lambda *sides: jnp.stack(sides, 1).reshape(24, *sides[0].shape[1:]), *pairs.values()
-    )
+    alternate = jax.tree.map(lambda *sides: jnp.stack(sides, 1).reshape(24, *sides[0].shape[1:]), *pairs.values())
 
     def preference(params, rows):
         ratio = page["log_ratio"](params, rows).reshape(-1, 2)
@@ -277,9 +271,7 @@ def test_rollouts_for_several_windows(page):
         assert distance(difference(trained, params), moved) < 1e-5
 
     def all_rollouts(params, window):  # the count of both windows for the sum of one
-        return optaccum.WeightedMean(
-            page["grpo_by_token"](params, window).total, window["mask"].shape[0] * tokens / 12
-        )
+        return optaccum.WeightedMean(page["grpo_by_token"](params, window).total, window["mask"].shape[0] * tokens / 12)
 
     tokens = rollouts["mask"].sum()
     halved = page["train"](all_rollouts, params, rollouts, 2)

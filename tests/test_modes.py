@@ -106,9 +106,7 @@ def test_strict_promotion_finds_no_implicit_cast_in_a_window():
             )  # fmt: skip
             state = tx.init(params)
             for _ in range(2):
-                updates, state = jax.jit(lambda s, tx=tx: tx.update(grads, s, params, weight=3, value=1))(
-                    state
-                )
+                updates, state = jax.jit(lambda s, tx=tx: tx.update(grads, s, params, weight=3, value=1))(state)
     assert_trees_equal(updates["c"], params["c"])
 
 
@@ -127,9 +125,7 @@ def test_a_short_micro_batch_weighs_what_it_holds(disable_jit):
 
 
 def test_debug_nans_is_silent_unless_there_is_one():
-    calls = CALLS | {
-        "y": CALLS["y"].at[0].set(-1.0).at[1].set(-1.0).at[2, 1].set(-1.0)
-    }  # nothing counts there
+    calls = CALLS | {"y": CALLS["y"].at[0].set(-1.0).at[1].set(-1.0).at[2, 1].set(-1.0)}  # nothing counts there
     with jax.debug_nans(True):
         values, params, state = train(jax.jit(train_step), calls=calls)
         assert values[0] == 0

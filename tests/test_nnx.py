@@ -129,13 +129,9 @@ def test_across_devices_counts_advance_and_statistics_are_averaged(axis_type):
     with jax.set_mesh(mesh):
         model = Model(nnx.Rngs(0))
         grad_fn = optaccum.nnx.value_and_grad(draws_fn, num_microbatches=2, has_aux=True, data_axes="data")
-        (_, masks), _ = nnx.jit(lambda m, x: grad_fn(m, x))(
-            model, jax.device_put(x, NamedSharding(mesh, P("data")))
-        )
+        (_, masks), _ = nnx.jit(lambda m, x: grad_fn(m, x))(model, jax.device_put(x, NamedSharding(mesh, P("data"))))
         assert int(model.dropout.rngs.count[...]) == 2 * 2  # two draws in each of two micro-batches
-        assert (
-            len({bytes(memoryview(m)) for m in jax.device_get(masks)}) == 8
-        )  # every device its own, in each
+        assert len({bytes(memoryview(m)) for m in jax.device_get(masks)}) == 8  # every device its own, in each
         mean = jax.device_get(model.norm.mean[...])
         key = jax.device_get(jax.random.key_data(model.dropout.rngs.key[...]))
     reference = Model(nnx.Rngs(0))

@@ -44,9 +44,7 @@ def loss_fn(x, model, towers, scale):
 def test_differentiates_any_arguments(argnums):
     from_the_front = (3, 2) if argnums == (-1, -2) else argnums
     (loss, h), grads = nnx.value_and_grad(loss_fn, argnums=from_the_front, has_aux=True)(*arguments())
-    grad_fn = optaccum.nnx.value_and_grad(
-        loss_fn, argnums=argnums, batch_argnums=0, has_aux=True, num_microbatches=N
-    )
+    grad_fn = optaccum.nnx.value_and_grad(loss_fn, argnums=argnums, batch_argnums=0, has_aux=True, num_microbatches=N)
     args = arguments()
     actual = grad_fn(*args)
     assert_trees_close(actual, ((loss, h), grads), rtol=1e-5, atol=1e-6)
@@ -81,9 +79,7 @@ def test_the_callers_micro_batches_as_many_as_there_are(argnums):
 
 def test_a_keyword_argument_is_no_obstacle():
     *_, towers, scale = arguments()
-    grad_fn = optaccum.nnx.value_and_grad(
-        loss_fn, argnums=1, batch_argnums=0, has_aux=True, num_microbatches=N
-    )
+    grad_fn = optaccum.nnx.value_and_grad(loss_fn, argnums=1, batch_argnums=0, has_aux=True, num_microbatches=N)
     by_name = grad_fn(X, linear(0), scale=scale, towers=towers)
     assert_trees_equal(by_name, grad_fn(X, linear(0), towers, scale))
 

@@ -127,7 +127,5 @@ def test_the_core_sends_nnx_objects_here(make):
         with pytest.raises(TypeError, match=r"NNX object, \w+.*optaccum\.nnx.*key_argnum"):
             fn(1.0, jnp.ones(4), rngs)
     state = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
-    grads = optaccum.grad(lambda s, x: jnp.mean(x * s["kernel"][...].sum()), num_microbatches=2)(
-        state, jnp.ones(4)
-    )
+    grads = optaccum.grad(lambda s, x: jnp.mean(x * s["kernel"][...].sum()), num_microbatches=2)(state, jnp.ones(4))
     assert grads["kernel"][...].tolist() == [[1.0, 1.0], [1.0, 1.0]]  # a State is a pytree like another

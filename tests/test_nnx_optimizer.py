@@ -54,9 +54,7 @@ def trained(tx, apply_fn, weights=(None,) * 4, wrt=nnx.Param):
 
 TRANSFORMATIONS = {
     "accumulate": lambda: optaccum.accumulate(optax.adam(1e-2), 2),
-    "in a chain": lambda: optax.chain(
-        optax.clip_by_global_norm(0.1), optaccum.accumulate(optax.adam(1e-2), 2)
-    ),
+    "in a chain": lambda: optax.chain(optax.clip_by_global_norm(0.1), optaccum.accumulate(optax.adam(1e-2), 2)),
     "none": lambda: optax.adamw(1e-2),
 }
 
@@ -93,9 +91,7 @@ def test_arguments_are_handed_on_only_if_given():
         return updates, state
 
     model = MLP(4, 1, nnx.Rngs(0))
-    optimizer = nnx.Optimizer(
-        model, optax.GradientTransformationExtraArgs(lambda params: (), note), wrt=nnx.Param
-    )
+    optimizer = nnx.Optimizer(model, optax.GradientTransformationExtraArgs(lambda params: (), note), wrt=nnx.Param)
     grads = nnx.grad(loss_fn)(model, X)
     optaccum.nnx.apply_gradients(optimizer, model, grads, value=nnx.Variable(jnp.float32(2)))
     assert seen == [{"value": 2.0}]

@@ -69,8 +69,6 @@ def _mean_of_means(params, batch):
 
 
 def test_the_comparison_can_fail():
-    out, wrong = (
-        jax.device_get(process_worker.train_whole(fn)) for fn in (process_worker.WHOLE, _mean_of_means)
-    )
+    out, wrong = (jax.device_get(process_worker.train_whole(fn)) for fn in (process_worker.WHOLE, _mean_of_means))
     with pytest.raises(AssertionError, match="differ beyond"):
         assert_trees_close(wrong, out, rtol=1e-2, atol=1e-2)

@@ -33,9 +33,7 @@ def by_hand(learning_rate, scale, num_calls=4):
     return test_loss(params)
 
 
-def accumulated(
-    learning_rate, scale, num_calls=4, *, scanned=True, in_place=True, step=optaccum.apply_gradients
-):
+def accumulated(learning_rate, scale, num_calls=4, *, scanned=True, in_place=True, step=optaccum.apply_gradients):
     """The same through windows of K micro-steps, each scanned over N micro-batches, in an outer scan."""
     tx = optaccum.accumulate(optimizer(learning_rate), K)
     grad_fn = optaccum.grad(loss_fn, num_microbatches=N, in_place=in_place) if scanned else jax.grad(loss_fn)
@@ -121,9 +119,7 @@ def test_checkpoint_around_value_and_grad():
 
 @pytest.mark.parametrize("step", [optaccum.apply_gradients, update_and_apply])
 def test_an_ensemble_at_different_steps_of_a_schedule_that_skips_differently(step):
-    tx = optaccum.accumulate(
-        optax.adam(0.1), lambda step: 1 + step // 2, should_skip_update_fn=optax.skip_not_finite
-    )
+    tx = optaccum.accumulate(optax.adam(0.1), lambda step: 1 + step // 2, should_skip_update_fn=optax.skip_not_finite)
     grads = jnp.arange(1.0, 31.0).reshape(3, 5, 2).at[1, 0, 1].set(jnp.nan).at[2, 3, 0].set(jnp.inf)
 
     def member(start, grads):
@@ -139,9 +135,7 @@ def test_an_ensemble_at_different_steps_of_a_schedule_that_skips_differently(ste
     starts = jnp.array([0, 2, 4])
     together = jax.jit(jax.vmap(member))(starts, grads)
     alone = jax.jit(member)
-    assert_trees_close(
-        together, jax.tree.map(lambda *m: jnp.stack(m), *(alone(starts[i], grads[i]) for i in range(3)))
-    )
+    assert_trees_close(together, jax.tree.map(lambda *m: jnp.stack(m), *(alone(starts[i], grads[i]) for i in range(3))))
     emitted, skipped = together[1]
     assert emitted.astype(int).tolist() == [[1, 1, 0, 1, 0], [0, 0, 1, 0, 1], [0, 0, 1, 0, 0]]
     assert skipped[:, -1].tolist() == [0, 1, 1]

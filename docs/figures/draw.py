@@ -50,14 +50,10 @@ def save(draw: Callable[[Figure, dict[str, str]], None], name: str, size: tuple[
             figure.savefig(FOLDER / f"{name}-{theme}.svg", transparent=True, metadata={"Date": None})
 
 
-def box(
-    axes: Axes, x: float, y: float, w: float, h: float, title: str, text: str, colors: dict[str, str]
-) -> None:
+def box(axes: Axes, x: float, y: float, w: float, h: float, title: str, text: str, colors: dict[str, str]) -> None:
     shape = "round,pad=0,rounding_size=0.12"
     axes.add_patch(
-        FancyBboxPatch(
-            (x, y), w, h, shape, facecolor=colors["fill"], edgecolor=colors["first"], linewidth=1.6
-        )
+        FancyBboxPatch((x, y), w, h, shape, facecolor=colors["fill"], edgecolor=colors["first"], linewidth=1.6)
     )
     axes.text(x + w / 2, y + h - 0.3, title, ha="center", va="center", weight="bold")
     axes.text(x + w / 2, y + (h - 0.45) / 2, text, ha="center", va="center", fontsize=10, linespacing=1.5)
@@ -105,9 +101,7 @@ def window(figure: Figure, colors: dict[str, str]) -> None:
     windows(axes, -2.4, "flag:  accumulate(inner, None)", by_flag, colors)
 
 
-def windows(
-    axes: Axes, y: float, name: str, rows: list[list[tuple[str, float]]], colors: dict[str, str]
-) -> None:
+def windows(axes: Axes, y: float, name: str, rows: list[list[tuple[str, float]]], colors: dict[str, str]) -> None:
     """Windows side by side, (text, width) of each micro-step; filled is the one that ends its window."""
     axes.text(0.2, y + 0.24, name, ha="left", va="center", fontsize=10)
     x = 3.9
@@ -229,9 +223,7 @@ def overview(read: dict[str, dict[str, dict[str, float]]]) -> Callable[[Figure, 
             for place, (name, numbers) in enumerate(bars.items()):
                 color = colors["first"] if "optaccum" in name else colors["faint"]
                 for offset, (device, number) in zip((-0.2, 0.2), numbers.items(), strict=True):
-                    drawn = axes.barh(
-                        place + offset, number, height=0.36, color=color, alpha=1 if offset < 0 else 0.6
-                    )
+                    drawn = axes.barh(place + offset, number, height=0.36, color=color, alpha=1 if offset < 0 else 0.6)
                     decimals = ".2f" if number < 10 else ".0f"
                     axes.bar_label(drawn, [f"{number:{decimals}}  {device}"], padding=5, fontsize=9)
             axes.set_yticks(range(len(bars)), list(bars))

@@ -56,9 +56,7 @@ _CARRY = (
     "a carry that matters: the loss depends on the state that the micro-batch before returned, and a whole batch has "
     "none before it. Verify in a mode that only writes the state."
 )
-_COMPILER = (
-    "the compiler is at fault: compare with jax.disable_jit(), with another backend and with in_place=False."
-)
+_COMPILER = "the compiler is at fault: compare with jax.disable_jit(), with another backend and with in_place=False."
 _GRADIENT = (
     "the loss splits and its value agrees, but its gradient does not: what stop_gradient or a custom gradient hides "
     f"depends on the batch (advantages: normalise them before splitting it), or {_COMPILER}"
@@ -72,9 +70,7 @@ _AUX = (
     "examples a bare float, a ratio (an accuracy over tokens) optaccum.WeightedMean(total, weight); what depends on "
     "the whole batch in another way (a norm, a key) is each micro-batch's own: optaccum.Stack shows them."
 )
-_WHOLE_NOT_FINITE = (
-    "not finite: the whole batch's own value, gradient or aux is not. Verify where it is finite."
-)
+_WHOLE_NOT_FINITE = "not finite: the whole batch's own value, gradient or aux is not. Verify where it is finite."
 _PART_NOT_FINITE = (
     "not finite: a micro-batch's value, gradient or aux is infinite or NaN where the whole batch's is not, as 0 / 0 is "
     "without weight. Return optaccum.WeightedMean(total, weight) instead of total / weight."
@@ -82,9 +78,7 @@ _PART_NOT_FINITE = (
 _UNTRIED = "unknown: the loss raises on repeated and mixed parts of the batch, which would tell: {error}"
 
 
-def explain(
-    errors: dict[str, float], tolerance: float, reference: Reference, carry: Any, resolution: float
-) -> str:
+def explain(errors: dict[str, float], tolerance: float, reference: Reference, carry: Any, resolution: float) -> str:
     """The likely cause of relative errors of which one exceeds the tolerance, and the way out.
 
     The carry is as the last micro-batch left it; the resolution is what rounding may do to the loss, absolute.

@@ -40,9 +40,7 @@ class MicrobatchPlan(NamedTuple):
             rows.append((f"{num_microbatches:,}", size, _format_bytes(num_bytes), fits))
         widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:3]]
         lines = ["  ".join([*map(str.rjust, row, widths), row[3]]) for row in rows]
-        return "\n".join(
-            [f"batch of {batch_size:,} examples, memory limit {self.memory_limit:,} bytes", *lines]
-        )
+        return "\n".join([f"batch of {batch_size:,} examples, memory limit {self.memory_limit:,} bytes", *lines])
 
 
 def plan_microbatches(
@@ -146,9 +144,7 @@ def _compiled_need(step: Callable[..., Any], args: Sequence[Any]) -> int | float
 
 def _limit(memory_limit: float | None, args: Sequence[Any]) -> int:
     if not isinstance(args, (tuple, list)):
-        raise TypeError(
-            f"expected args to be a tuple of the step's positional arguments; got {type(args).__name__}."
-        )
+        raise TypeError(f"expected args to be a tuple of the step's positional arguments; got {type(args).__name__}.")
     if memory_limit is None:
         return _device_limit(args)
     if isinstance(memory_limit, bool) or not isinstance(memory_limit, Real):
@@ -161,9 +157,7 @@ def _limit(memory_limit: float | None, args: Sequence[Any]) -> int:
 def _device_limit(args: Sequence[Any]) -> int:
     """The smallest memory limit, in bytes, of the devices that hold `args`."""
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
-    placed = [
-        s for s in shardings if s is not None and not isinstance(getattr(s, "mesh", None), AbstractMesh)
-    ]
+    placed = [s for s in shardings if s is not None and not isinstance(getattr(s, "mesh", None), AbstractMesh)]
     devices = set[Any]().union(*(sharding.addressable_devices for sharding in placed))
     stats = [_memory_stats(device) for device in devices or jax.local_devices()[:1]]
     limits = [stat["bytes_limit"] for stat in stats if "bytes_limit" in stat]

@@ -146,11 +146,7 @@ def resolve_roles(roles: Roles, num_args: int | None = None) -> Roles:
     def resolve(i, name):
         index = i + num_args if i < 0 and num_args is not None else i
         if num_args is not None and not 0 <= index < num_args:
-            closed = (
-                " A batch that the loss closes over has to become an argument of it."
-                if "batch" in name
-                else ""
-            )
+            closed = " A batch that the loss closes over has to become an argument of it." if "batch" in name else ""
             raise ValueError(
                 f"expected {name} within the call's {num_args} positional arguments, counted from 0; got {i}. Pass "
                 f"that argument by position, or give another {name}.{closed}"
@@ -172,9 +168,7 @@ def resolve_roles(roles: Roles, num_args: int | None = None) -> Roles:
 
 
 def _is_traced(x: Any) -> bool:
-    is_array = isinstance(x, jax.Array) or (
-        isinstance(x, np.ndarray | np.generic) and x.dtype.kind not in "OSU"
-    )
+    is_array = isinstance(x, jax.Array) or (isinstance(x, np.ndarray | np.generic) and x.dtype.kind not in "OSU")
     return is_array or isinstance(x, float | complex)
 
 
@@ -194,9 +188,7 @@ def _as_array(index: int, path: tuple[Any, ...], x: Any) -> jax.Array:
 def _as_count(x: Any) -> jax.Array:
     count = jnp.asarray(x)
     if count.shape != () or not jnp.issubdtype(count.dtype, jnp.integer):
-        raise TypeError(
-            f"expected an integer scalar at count_argnum; got shape {count.shape} and dtype {count.dtype}."
-        )
+        raise TypeError(f"expected an integer scalar at count_argnum; got shape {count.shape} and dtype {count.dtype}.")
     return count.astype(jnp.int32)
 
 
@@ -205,9 +197,7 @@ def _strongly_typed(x: jax.Array) -> jax.Array:
 
 
 def _raise_unhashable(args: list[Any], kwargs: dict[str, Any]) -> None:
-    named = {f"argument {i}": arg for i, arg in enumerate(args)} | {
-        f"argument {k!r}": v for k, v in kwargs.items()
-    }
+    named = {f"argument {i}": arg for i, arg in enumerate(args)} | {f"argument {k!r}": v for k, v in kwargs.items()}
     for name, arg in named.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(arg):
             try:

@@ -59,11 +59,7 @@ def _check_not_manual(mesh: Any, axes: tuple[str, ...]) -> Any:
 
 def as_axes(data_axes: Any) -> tuple[str, ...]:
     """One name, several or None as a tuple of mesh axis names."""
-    axes = (
-        (data_axes,)
-        if isinstance(data_axes, str) or not isinstance(data_axes, Iterable)
-        else tuple(data_axes)
-    )
+    axes = (data_axes,) if isinstance(data_axes, str) or not isinstance(data_axes, Iterable) else tuple(data_axes)
     axes = () if data_axes is None else axes
     if not all(isinstance(axis, str) for axis in axes):
         raise TypeError(f"expected data_axes to name one mesh axis or several; got {data_axes!r}.")
@@ -158,9 +154,7 @@ def place_args(args: PyTree, specs: PyTree, mesh: Any, axes: tuple[str, ...]) ->
     def is_spec(x):
         return isinstance(x, PartitionSpec)
 
-    return jax.tree.map(
-        lambda spec, tree: jax.tree.map(lambda x: place(spec, x), tree), specs, args, is_leaf=is_spec
-    )
+    return jax.tree.map(lambda spec, tree: jax.tree.map(lambda x: place(spec, x), tree), specs, args, is_leaf=is_spec)
 
 
 def names_of(entry: Any) -> tuple[str, ...]:

@@ -182,9 +182,7 @@ def _backward(vjp: Callable[..., Any], cotangents: Scalars, _: Any) -> list[jax.
     return vjp(cotangents)[0]
 
 
-def _partition(
-    micro_batch: PyTree, chosen: tuple[bool, ...]
-) -> tuple[list[jax.Array], Callable[..., PyTree]]:
+def _partition(micro_batch: PyTree, chosen: tuple[bool, ...]) -> tuple[list[jax.Array], Callable[..., PyTree]]:
     """The chosen leaves of a micro-batch, and the micro-batch as a function of them."""
     leaves, structure = jax.tree.flatten(micro_batch)
     places = [i for i, is_chosen in enumerate(chosen) if is_chosen]
@@ -248,9 +246,7 @@ def _iterate(
     def place(i, carry):
         state, outputs = carry
         state, output = body(state, i)
-        return state, jax.tree.map(
-            lambda xs, x: lax.dynamic_update_index_in_dim(xs, x, i, 0), outputs, output
-        )
+        return state, jax.tree.map(lambda xs, x: lax.dynamic_update_index_in_dim(xs, x, i, 0), outputs, output)
 
     structs = jax.eval_shape(body, state, jnp.int32(0))[1]
     outputs = jax.tree.map(lambda x: jnp.broadcast_to(x, (length, *x.shape)), zeros_of(structs))

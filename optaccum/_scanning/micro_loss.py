@@ -21,9 +21,7 @@ class MicroLoss(NamedTuple):
     """The loss on the micro-batches of one group, traced."""
 
     traced: Traced  # (diff, micro-batch, key, index, carry) -> (terms, carry, aux)
-    wrap: Callable[
-        ..., tuple[Terms, PyTree, PyTree]
-    ]  # of these three, the same with each leaf of aux in a wrapper
+    wrap: Callable[..., tuple[Terms, PyTree, PyTree]]  # of these three, the same with each leaf of aux in a wrapper
     structs: tuple[Terms, PyTree, PyTree]  # of what `wrap` returns
 
 
@@ -120,9 +118,7 @@ def _check_carry(before: PyTree, after: PyTree) -> None:
             f"expected the carry that the loss function returns to have the structure that it came with, {expected}; "
             f"got {came}. Return (new_carry, rest) as aux."
         )
-    for (path, old), new in zip(
-        jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
-    ):
+    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise TypeError(
                 f"expected the carry to keep its shapes and dtypes; carry{jax.tree_util.keystr(path)} came with "

@@ -186,9 +186,7 @@ def _whole_batch(
         if options.presplit:
             row_grads = [x.swapaxes(0, 1) for x in row_grads]
         grads = iter([*grads, *row_grads])
-        return (value, reductions.merge_aux(aux, rows)), [
-            next(grads) if c else None for c in (*chosen, *of_rows)
-        ]
+        return (value, reductions.merge_aux(aux, rows)), [next(grads) if c else None for c in (*chosen, *of_rows)]
 
     @jax.custom_vjp
     def value_of(shared, batch, others):
@@ -203,9 +201,7 @@ def _whole_batch(
         scale, _ = cotangents
         if isinstance(scale, SymbolicZero):
             return None, None, None
-        scaled = [
-            None if g is None else (g * scale).astype(d) for g, d in zip(grads, own_dtypes, strict=True)
-        ]
+        scaled = [None if g is None else (g * scale).astype(d) for g, d in zip(grads, own_dtypes, strict=True)]
         return scaled[: len(shared)], structure.unflatten(scaled[len(shared) :]), None
 
     shared, (rows, structure) = [*call.diff, *closed], jax.tree.flatten(call.batch)
@@ -230,9 +226,7 @@ def _look(
 
     def one_device(groups, call):
         diff = call.diff if placement is None else gather(call.diff, placement, dtypes)
-        found[:] = trace_loss(
-            loss_fn, options, layout, groups, lambda diff: call._replace(diff=(), rest=diff), diff
-        )
+        found[:] = trace_loss(loss_fn, options, layout, groups, lambda diff: call._replace(diff=(), rest=diff), diff)
         return (jnp.float32(0), (), [], ()), ()
 
     bare = placement and placement.of_gradients([False] * len(call.diff))

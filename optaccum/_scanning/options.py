@@ -84,13 +84,9 @@ def _check_together(options: Options) -> None:
             "expected has_aux=True with carry_argnum; got False. The loss returns (loss, (new_carry, rest))."
         )
     if options.roles.limit is not None and not options.presplit:
-        raise ValueError(
-            "expected presplit=True with count_argnum; got False. It counts the caller's micro-batches."
-        )
+        raise ValueError("expected presplit=True with count_argnum; got False. It counts the caller's micro-batches.")
     if options.track_noise_scale and not options.return_info:
-        raise ValueError(
-            "expected return_info=True with track_noise_scale; got False. Estimates come in Info.noise."
-        )
+        raise ValueError("expected return_info=True with track_noise_scale; got False. Estimates come in Info.noise.")
     sharding = [n for n in ("param_specs", "gather_dtype", "grad_specs") if getattr(options, n) is not None]
     sharding += ["shard_sums"] * options.shard_sums
     if sharding and not options.data_axes:
@@ -98,9 +94,7 @@ def _check_together(options: Options) -> None:
             f"expected data_axes with {sharding[0]}; got None. Name the axes that the batch is sharded over; without "
             "them gradients are sharded as the parameters are."
         )
-    needs_each = [
-        name for name in ("skip_nonfinite", "track_noise_scale", "shard_sums") if getattr(options, name)
-    ]
+    needs_each = [name for name in ("skip_nonfinite", "track_noise_scale", "shard_sums") if getattr(options, name)]
     if options.in_place and needs_each:
         raise ValueError(
             f"expected no {needs_each[0]} with in_place=True; got both. It needs each micro-batch's gradient."

@@ -102,9 +102,7 @@ def bare_leaves(aux: PyTree) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path), x) for path, x in leaves if not is_wrapper(x)]
 
 
-def doubled_shapes(
-    call: Callable[[PyTree], PyTree], micro_batch: PyTree, aux: PyTree
-) -> list[tuple[int, ...]]:
+def doubled_shapes(call: Callable[[PyTree], PyTree], micro_batch: PyTree, aux: PyTree) -> list[tuple[int, ...]]:
     """The shapes that the bare leaves of aux have for twice the examples: which axis is the batch's?
 
     Args:
@@ -117,9 +115,7 @@ def doubled_shapes(
         return [()] * len(bare)
     try:
         twice = bare_leaves(
-            jax.eval_shape(
-                lambda batch: call(jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)), micro_batch
-            )
+            jax.eval_shape(lambda batch: call(jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)), micro_batch)
         )
     except Exception as error:
         size = jax.tree.leaves(micro_batch)[0].shape[0]
@@ -170,9 +166,7 @@ def wrap(aux: PyTree, num_examples: int, doubled: list[tuple[int, ...]] | None, 
 def _batch_axis(name: str, num_examples: int, shape: tuple[int, ...], doubled: tuple[int, ...]) -> int:
     """The one axis that is as long as the batch; the two shapes differ somewhere."""
     if len(shape) == len(doubled):
-        changed = [
-            axis for axis, sizes in enumerate(zip(shape, doubled, strict=True)) if sizes[0] != sizes[1]
-        ]
+        changed = [axis for axis, sizes in enumerate(zip(shape, doubled, strict=True)) if sizes[0] != sizes[1]]
         if len(changed) == 1 and (shape[changed[0]], doubled[changed[0]]) == (num_examples, 2 * num_examples):
             return changed[0]
     raise TypeError(

@@ -105,9 +105,7 @@ class Placement(NamedTuple):
     def beside(self, whole: list[jax.Array]) -> "Placement":
         """The same with more leaves, which lie whole on every device."""
         shards = tuple(Shard(((),) * jnp.ndim(x), ((),) * jnp.ndim(x)) for x in whole)
-        return Placement(
-            self.mesh, self.params + shards, self.grads + shards, self.specs + (None,) * len(shards)
-        )
+        return Placement(self.mesh, self.params + shards, self.grads + shards, self.specs + (None,) * len(shards))
 
     def of_gradients(self, chosen: list[bool]) -> "Placement":
         """The same with only some of the gradients."""
@@ -171,9 +169,7 @@ def place(mesh: Any, axes: Names, leaves: list[Leaf]) -> Placement:
         grads.append(entries if grad_spec is None else _entries(grad_spec, x, mesh, f"grad_specs at {name}"))
 
     others = set(mesh.axis_names) - set(axes)
-    whole = any(
-        others & set(sum(entries, ())) for entries in grads
-    )  # where no spec names another axis, none may show
+    whole = any(others & set(sum(entries, ())) for entries in grads)  # where no spec names another axis, none may show
     specs = tuple(_spec(entries) if whole else None for entries in grads)
     return Placement(mesh, _shards(params, axes), _shards(grads, axes), specs)
 
@@ -181,8 +177,7 @@ def place(mesh: Any, axes: Names, leaves: list[Leaf]) -> Placement:
 def _shards(layouts: list[tuple[Names, ...]], axes: Names) -> tuple[Shard, ...]:
     def shard(entries):
         data, other = (
-            [tuple(axis for axis in names if (axis in axes) is own) for names in entries]
-            for own in (True, False)
+            [tuple(axis for axis in names if (axis in axes) is own) for names in entries] for own in (True, False)
         )
         return Shard(tuple(data), tuple(other))
 
@@ -225,9 +220,7 @@ def _broadcast(specs: Any, tree: PyTree, name: str) -> list[PartitionSpec | None
 
     found = []
     try:
-        jax.tree.map(
-            lambda x, own: found.extend([x] * len(jax.tree.leaves(own))), specs, tree, is_leaf=is_leaf
-        )
+        jax.tree.map(lambda x, own: found.extend([x] * len(jax.tree.leaves(own))), specs, tree, is_leaf=is_leaf)
     except ValueError as error:
         raise ValueError(
             f"expected {name} to be a prefix of what is differentiated; got another structure. {error}"
@@ -248,9 +241,7 @@ def _entries(spec: PartitionSpec, x: jax.Array, mesh: Any, name: str) -> tuple[N
     for dim, names in enumerate(entries):
         for axis in names:
             if axis not in mesh.shape:
-                raise ValueError(
-                    f"expected {name} to name axes of the mesh, {mesh.axis_names}; got {axis!r}."
-                )
+                raise ValueError(f"expected {name} to name axes of the mesh, {mesh.axis_names}; got {axis!r}.")
         if x.shape[dim] % math.prod(mesh.shape[axis] for axis in names):
             raise ValueError(
                 f"expected {name} to divide the array, {x.dtype}{list(x.shape)}; got {spec}: dimension {dim} does not "
@@ -283,9 +274,7 @@ def _agreed(given: tuple[Names, ...], x: jax.Array, mesh: Any, axes: Names, name
         return given
     data_alone = only(given, axes) == given
     if data_alone and only(given, visible) == only(shown, axes):
-        return tuple(
-            a + tuple(axis for axis in b if axis not in axes) for a, b in zip(given, shown, strict=True)
-        )
+        return tuple(a + tuple(axis for axis in b if axis not in axes) for a, b in zip(given, shown, strict=True))
     raise ValueError(
         f"expected param_specs to be how the parameters are sharded, {_spec(shown)} at {name}; got {_spec(given)}. "
         "Leave param_specs out where the arrays show it, or place them so with jax.device_put."
@@ -298,14 +287,10 @@ def _reshape(x: jax.Array, shape: list[int], entries: Any) -> jax.Array:
         return x
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    explicit = [
-        tuple(axis for axis in names_of(names) if kinds[axis] == AxisType.Explicit) for names in entries
-    ]
+    explicit = [tuple(axis for axis in names_of(names) if kinds[axis] == AxisType.Explicit) for names in entries]
     if any(explicit):
         return lax.reshape(x, shape, out_sharding=_spec(explicit))
-    return lax.with_sharding_constraint(
-        x.reshape(shape), _spec(map(names_of, entries))
-    )  # else it would be lost
+    return lax.with_sharding_constraint(x.reshape(shape), _spec(map(names_of, entries)))  # else it would be lost
 
 
 def _spec(entries: Any) -> PartitionSpec:

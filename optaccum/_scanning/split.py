@@ -40,14 +40,10 @@ class Group:
 
         A loop that takes its own column needs no copy of the batch; scanned over, the columns would be two.
         """
-        return jax.tree.map(
-            lambda x: lax.dynamic_index_in_dim(x, index, axis=self.axis, keepdims=False), self.rows
-        )
+        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, axis=self.axis, keepdims=False), self.rows)
 
 
-def resolve_num_microbatches(
-    batch_size: int, num_microbatches: int | None, microbatch_size: int | None
-) -> int:
+def resolve_num_microbatches(batch_size: int, num_microbatches: int | None, microbatch_size: int | None) -> int:
     """How many micro-batches: as given, or as few as keep each at `microbatch_size` examples at most.
 
     Raises:
@@ -89,9 +85,9 @@ def check_positive_int(size: Any, name: str) -> None:
 
 def batch_size_of(batch: PyTree) -> int:
     """The leading size that all leaves of a batch agree on."""
-    return _leading_sizes(
-        batch, 1, "Rows on another axis: move them to the front, or split yourself (presplit=True)"
-    )[0]
+    return _leading_sizes(batch, 1, "Rows on another axis: move them to the front, or split yourself (presplit=True)")[
+        0
+    ]
 
 
 def num_and_size_of(batch: PyTree) -> tuple[int, int]:

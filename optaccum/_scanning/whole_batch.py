@@ -169,9 +169,7 @@ def run_window(
     sums = _across(sums, loop.sums_of, options) if options.data_axes else sums
     parts = zip(*(output.row_grads for output in outputs), strict=True)
     row_grads = [stacks[0].swapaxes(0, 1) if options.presplit else join(stacks) for stacks in parts]
-    sums = sums._replace(
-        grads=[*sums.grads, *row_grads], carry=as_it_came(losses, operands.carry, sums.carry)
-    )
+    sums = sums._replace(grads=[*sums.grads, *row_grads], carry=as_it_came(losses, operands.carry, sums.carry))
     sums_of = [*loop.sums_of, *(SumOf(x.dtype) for x in row_grads)]
     value, grads, info = _finish(sums, options, sums_of, in_place, max(group.size for group in groups))
     aux, rows = _finish_aux(sums, outputs, options)
@@ -180,9 +178,7 @@ def run_window(
     return (value, aux, own, info), (rows, grads[num:])
 
 
-def make_sums_of(
-    options: Options, leaves: list[tuple[Any, jax.Array]], placement: Placement | None
-) -> list[SumOf]:
+def make_sums_of(options: Options, leaves: list[tuple[Any, jax.Array]], placement: Placement | None) -> list[SumOf]:
     """How the gradients of each leaf, given with its key path, are kept."""
     sums_of = []
     shards = [None] * len(leaves) if placement is None else placement.grads
@@ -195,9 +191,7 @@ def make_sums_of(
             )
         reduction = "mean" if options.grad_reduction_fn is None else options.grad_reduction_fn(path, leaf)
         if reduction not in ("mean", "max"):
-            raise ValueError(
-                f'expected grad_reduction_fn to return "mean" or "max"; got {reduction!r} for {name}.'
-            )
+            raise ValueError(f'expected grad_reduction_fn to return "mean" or "max"; got {reduction!r} for {name}.')
         is_max = reduction == "max"
         dtype = leaf.dtype if is_max else accumulator_dtype_of(options.accumulator_dtype, path, leaf)
         shard = shard if shard is not None and shard.axes else None

@@ -102,9 +102,7 @@ def accumulate(
         averaged_extra_args=_checked_names(averaged_extra_args),
         track_noise_scale=track_noise_scale,
     )
-    return optax.GradientTransformationExtraArgs(
-        functools.partial(_init, options), functools.partial(_update, options)
-    )
+    return optax.GradientTransformationExtraArgs(functools.partial(_init, options), functools.partial(_update, options))
 
 
 def options_of(tx: Any) -> Options | None:
@@ -177,17 +175,13 @@ def _checked_inner(inner: Any) -> Any:
 
 def _checked_callable(name: str, fn: Any) -> Any:
     if fn is not None and not callable(fn):
-        raise TypeError(
-            f"expected {name} to be a function such as optax.skip_not_finite, or None; got {fn!r}."
-        )
+        raise TypeError(f"expected {name} to be a function such as optax.skip_not_finite, or None; got {fn!r}.")
     return fn
 
 
 def _checked_names(names: Any) -> tuple[str, ...]:
     if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
-        raise TypeError(
-            f'expected averaged_extra_args to be a tuple of names, such as ("value",); got {names!r}.'
-        )
+        raise TypeError(f'expected averaged_extra_args to be a tuple of names, such as ("value",); got {names!r}.')
     if len(set(names)) < len(names) or not _CONSUMED.isdisjoint(names):
         raise ValueError(
             f"expected averaged_extra_args to name each extra arg once, and none of {sorted(_CONSUMED)}, which "

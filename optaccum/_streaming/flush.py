@@ -58,9 +58,7 @@ def flush(
       [-2.0, -2.0]
     """
     if given := {"weight", "denominator", "emit"} & extra_args.keys():
-        raise TypeError(
-            f"expected no {min(given)}; got one. flush ends the window, and divides by what it holds."
-        )
+        raise TypeError(f"expected no {min(given)}; got one. flush ends the window, and divides by what it holds.")
     options, states = options_of(tx), states_in(state)
     if not states or options is not None:
         check_is_state(state)

@@ -87,9 +87,7 @@ def until_weight(weight: float | Callable[[jax.Array], Any]) -> UntilWeight:
     if callable(weight):
         return UntilWeight(weight)
     if isinstance(weight, (bool, np.bool_)) or not isinstance(weight, (int, float, np.integer, np.floating)):
-        raise TypeError(
-            f"expected weight to be a number or a function gradient_step -> weight; got {weight!r}."
-        )
+        raise TypeError(f"expected weight to be a number or a function gradient_step -> weight; got {weight!r}.")
     if not weight > 0:
         raise ValueError(f"expected weight to be above 0; got {weight}. Leave micro-steps out to end sooner.")
     return UntilWeight(float(weight))
@@ -112,9 +110,7 @@ def check_every_k(every_k: Any) -> EveryK | None:
     return int(every_k)
 
 
-def is_full(
-    every_k: EveryK | None, micro_step: jax.Array, weight_sum: jax.Array, state: AccumulateState
-) -> jax.Array:
+def is_full(every_k: EveryK | None, micro_step: jax.Array, weight_sum: jax.Array, state: AccumulateState) -> jax.Array:
     """Whether the schedule ends a window of so many micro-steps, and of such a weight; shape=(), bool.
 
     `state` is the one before the last of them.
@@ -140,7 +136,5 @@ def _number(value: Any, name: str) -> Any:
     dtype = jnp.result_type(value) if is_number else jnp.complex64
     is_real = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
     if not is_real or (isinstance(value, float) and np.isnan(value)):
-        raise TypeError(
-            f"expected every_k_schedule's function to return {name}, a real scalar; got {value!r}."
-        )
+        raise TypeError(f"expected every_k_schedule's function to return {name}, a real scalar; got {value!r}.")
     return value

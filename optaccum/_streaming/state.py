@@ -155,9 +155,7 @@ def _way_out(state: Any) -> str:
     if isinstance(state, optax.MultiStepsState):
         return "optaccum.from_multi_steps goes on from it."
     if states_in(state):
-        return (
-            "It holds one: update, or flush, the whole transformation that it belongs to, or that one alone."
-        )
+        return "It holds one: update, or flush, the whole transformation that it belongs to, or that one alone."
     if optax.tree_utils.tree_get_all_with_path(state, "grad_sum"):
         return "It was restored without its types: give the checkpointer tx.init(params) as the template to restore."
     return "Pass what this transformation's init, or its last call, returned; (grads, state, params) is the order."

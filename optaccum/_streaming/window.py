@@ -140,9 +140,7 @@ def add_count(
     sums, extra_sums = dict(state.extra_sums), {}
     for name in options.averaged_extra_args:
         value, total = _where_counted(count.weight, _averaged(name, given.extra_args)), sums[name]
-        extra_sums[name] = _unless(
-            skip, added(total, value, first, count.weight if count.scales else None), total
-        )
+        extra_sums[name] = _unless(skip, added(total, value, first, count.weight if count.scales else None), total)
     num_skipped = state.num_skipped
     if skip is not None:
         num_skipped = jnp.where(skip, optax.safe_increment(num_skipped), num_skipped)
@@ -165,9 +163,7 @@ def add_count(
     return entered, full
 
 
-def added(
-    total: jax.Array, grad: jax.Array, first: jax.Array | bool, weight: jax.Array | None = None
-) -> jax.Array:
+def added(total: jax.Array, grad: jax.Array, first: jax.Array | bool, weight: jax.Array | None = None) -> jax.Array:
     """The sum with one more gradient, times its weight; that alone where it is the first."""
     wide = at_least_float32(total.dtype)
     term = grad.astype(wide) if weight is None else grad.astype(wide) * weight.astype(wide)
@@ -243,9 +239,7 @@ def close(
         gradient_step=jnp.where(emits, optax.safe_increment(state.gradient_step), state.gradient_step),
         has_updated=emits,
         inner_state=inner_state,
-        weight_total=jnp.where(
-            counts, add_to_total(state.weight_total, state.weight_sum), state.weight_total
-        ),
+        weight_total=jnp.where(counts, add_to_total(state.weight_total, state.weight_sum), state.weight_total),
         noise_state=noise_state,
     )
 

@@ -80,6 +80,4 @@ def host_transfers(compiled: Any) -> list[str]:
     """The instructions that send to the host or receive from it, or whose result is in its memory."""
     opcodes = r"\b(?:infeed|outfeed|(?:send|recv)(?:-done)?)\("
     pattern = re.compile(rf"{opcodes}|_callback|MoveToHost|MoveToDevice|\{{[^}}]*S\(5\)")
-    return [
-        line.strip() for line in compiled.as_text().splitlines() if " = " in line and pattern.search(line)
-    ]
+    return [line.strip() for line in compiled.as_text().splitlines() if " = " in line and pattern.search(line)]

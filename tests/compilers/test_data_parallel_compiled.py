@@ -29,9 +29,7 @@ def test_gradients_cross_once_per_window(target, axis_type):
     assert not counts.in_loops
     assert set(counts.outside) == {"all-reduce"}
     assert counts.outside["all-reduce"] <= 3  # compilers combine them up to a threshold
-    assert (
-        0 <= counts.bytes_outside["all-reduce"] - num_bytes(SCANNED) < 1000
-    )  # the gradients, and a few scalars
+    assert 0 <= counts.bytes_outside["all-reduce"] - num_bytes(SCANNED) < 1000  # the gradients, and a few scalars
     assert temp_copies(compiled, SCANNED) < 0.8
     assert not host_transfers(compiled)
 

@@ -31,9 +31,7 @@ def on_host(inner):
         updates, state = inner.update(grads, move(state, jax.memory.Space.Device), params, **extra_args)
         return updates, move(state, jax.memory.Space.Host)
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: move(inner.init(params), jax.memory.Space.Host), update
-    )
+    return optax.GradientTransformationExtraArgs(lambda params: move(inner.init(params), jax.memory.Space.Host), update)
 
 
 def compile_step(inner, memory_kind):

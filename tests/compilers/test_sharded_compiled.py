@@ -49,9 +49,7 @@ def grad_fn(**options):
     [("v5e:2x4", None, 1.3), ("v5e:2x4", BF16, 1.3), ("h100:1x1x8", None, 2.15), ("h100:1x1x8", BF16, 1.65)],
 )
 def test_window(target, gather_dtype, most, axis_type):
-    counts, temp = compile_for(
-        target, grad_fn(param_specs=SPECS, gather_dtype=gather_dtype), axis_types=(axis_type,)
-    )
+    counts, temp = compile_for(target, grad_fn(param_specs=SPECS, gather_dtype=gather_dtype), axis_types=(axis_type,))
     assert not counts.in_loops
     assert dict(counts.outside) == {"all-gather": 2, "reduce-scatter": 2, "all-reduce": 1}
     assert counts.bytes_outside["all-reduce"] < 1024
@@ -106,13 +104,9 @@ def test_on_h100_sums_laid_out_before_the_gather_are_held_beside_two_copies():
 
             lax.scan(body, (), rows.reshape(-1, K, rows.shape[1]).swapaxes(0, 1))
             sums = jax.tree.map(jax.freeze, sums)
-            return jax.tree.map(
-                lambda x, d: lax.psum_scatter(x, "data", scatter_dimension=d, tiled=True), sums, dims
-            )
+            return jax.tree.map(lambda x, d: lax.psum_scatter(x, "data", scatter_dimension=d, tiled=True), sums, dims)
 
-        return jax.shard_map(window, in_specs=(SPECS, P("data")), out_specs=SPECS, check_vma=False)(
-            params, rows
-        )
+        return jax.shard_map(window, in_specs=(SPECS, P("data")), out_specs=SPECS, check_vma=False)(params, rows)
 
     _, temp = compile_for("h100:1x1x8", by_hand)
     assert temp > 2.4
@@ -153,9 +147,7 @@ def test_beside_a_tensor_axis(target, axis_types, gather_dtype):
 def test_beside_a_tensor_axis_that_the_specs_leave_out(target):
     """More is gathered, and held."""
     data_alone = {"up": P(None, "data"), "down": P(None, None, "data")}
-    counts, temp = compile_for(
-        target, grad_fn(param_specs=data_alone, gather_dtype=BF16), TENSOR_SPECS, (4, 2)
-    )
+    counts, temp = compile_for(target, grad_fn(param_specs=data_alone, gather_dtype=BF16), TENSOR_SPECS, (4, 2))
     assert counts.outside["all-gather"] > 2
     assert temp > 0.9
 

@@ -24,9 +24,7 @@ def test_apply_gradients_touches_the_sum_alone_until_it_emits(target):
     assert aliased_share(compiled, params, state) > 0.999
     assert not host_transfers(compiled)
     each_call, emit = (number / num_bytes(params) for number in count_traffic(compiled.as_text()))
-    assert (
-        3 <= each_call < 3.4
-    )  # two reads and a write; TPU reads some of the sum ahead, for an emit that may not come
+    assert 3 <= each_call < 3.4  # two reads and a write; TPU reads some of the sum ahead, for an emit that may not come
     assert 6 < emit < 7.1
 
     undonated = program._replace(donate=()).compile(target)
@@ -71,9 +69,7 @@ def test_with_sharded_parameters_nothing_crosses(target, axis_type):
 
     def compile_with(specs):
         def placed(x, spec):
-            return jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=NamedSharding(mesh, spec if x.ndim > 1 else P())
-            )
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec if x.ndim > 1 else P()))
 
         args = [
             jax.tree.map(lambda x, spec=spec: placed(x, spec), arg)

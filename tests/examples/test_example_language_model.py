@@ -23,9 +23,7 @@ SMALL += ["--microbatches=4"]
 
 def test_language_model(tmp_path, capsys):
     figure = tmp_path / "figures" / "language_model.png"
-    results = language_model.main(
-        [*SMALL, "--experts", "2", "--updates", "4", "--compare", "--figure", str(figure)]
-    )
+    results = language_model.main([*SMALL, "--experts", "2", "--updates", "4", "--compare", "--figure", str(figure)])
 
     ours, whole, mean_of_means = results
     assert [r.name for r in results] == ["optaccum", "whole batch", "mean of means"]
@@ -69,9 +67,7 @@ def test_language_model_resumes_after_kill_9(tmp_path, compiled):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "PYTHONPATH": os.pathsep.join([str(examples), str(examples.parent)]),
     }
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *command], env=env, capture_output=True, timeout=600
-    )
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], env=env, capture_output=True, timeout=600)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6"]
 
@@ -94,9 +90,7 @@ def test_checkpoints_refuse_other_settings(tmp_path):
 
 
 def _problem(remat, dtype=jnp.float32, experts=0):
-    size = language_model.Size(
-        layers=2, width=16, heads=2, length=16, experts=experts, remat=remat, dtype=dtype
-    )
+    size = language_model.Size(layers=2, width=16, heads=2, length=16, experts=experts, remat=remat, dtype=dtype)
     model = language_model.Transformer(size)
     rows = np.random.default_rng(0).integers(1, 256, (4, 17)).astype(np.uint8)
     rows[1, 12:] = 0

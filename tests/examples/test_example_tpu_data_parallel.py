@@ -208,9 +208,7 @@ def test_stopped_run_goes_on_to_the_same_parameters(run, tmp_path, capsys):
 def test_fsdp_goes_on_in_the_middle_of_a_window_in_another_layout(run):
     rows = ("--batch-size", "16")
     whole = run("whole", *rows, "--model-devices", "2", "--checkpoint-every", "100")
-    sharded = run(
-        "run", *rows, "--fsdp", "--model-devices", "2", "--stop-after", "4"
-    )  # 4 = 3 + 1: a window is open
+    sharded = run("run", *rows, "--fsdp", "--model-devices", "2", "--stop-after", "4")  # 4 = 3 + 1: a window is open
     assert "all-gather" not in sharded.collectives.in_loops
     assert sharded.collectives.outside["all-gather"] >= 1
     assert sharded.collectives.outside["reduce-scatter"] >= 1

@@ -245,9 +245,7 @@ def test_a_loop_that_may_run_twice_is_a_loop(name, old, new):
 
 def _module(entry, *computations):
     header = "HloModule m, entry_computation_layout={(f32[8]{0})->f32[8]{0}}"
-    return "\n\n".join(
-        [header, *computations, _computation("main", entry).replace("%main", "ENTRY %main", 1)]
-    )
+    return "\n\n".join([header, *computations, _computation("main", entry).replace("%main", "ENTRY %main", 1)])
 
 
 def _computation(name, *lines):
@@ -270,8 +268,7 @@ SUM = "%sum (x: f32[], y: f32[]) -> f32[] {\n  %x = f32[] parameter(0)\n  ROOT %
         ("%a = f32[8]{0} while(%p), condition=%reduce, body=%twice", 3, 0),
         ("%a = f32[8]{0} while(%p), condition=%plain, body=%loop\n" + REDUCE, 1, 1),
         (
-            "%a = f32[8]{0} call(%p), to_apply=%reduce\n"
-            "%b = f32[8]{0} while(%p), condition=%plain, body=%reduce",
+            "%a = f32[8]{0} call(%p), to_apply=%reduce\n%b = f32[8]{0} while(%p), condition=%plain, body=%reduce",
             1,
             1,
         ),
@@ -289,8 +286,7 @@ SUM = "%sum (x: f32[], y: f32[]) -> f32[] {\n  %x = f32[] parameter(0)\n  ROOT %
             1,
         ),
         (
-            "%s = ((f32[8]{0}), f32[8]{0}, u32[]) call-start(%p), to_apply=%twice\n"
-            "%d = f32[8]{0} call-done(%s)",
+            "%s = ((f32[8]{0}), f32[8]{0}, u32[]) call-start(%p), to_apply=%twice\n%d = f32[8]{0} call-done(%s)",
             0,
             2,
         ),

@@ -80,9 +80,7 @@ def test_carry_aux_micro_batches_of_ones_own_and_sharded_parameters():
     options = {"has_aux": True, "carry_argnum": 2, "key_argnum": 3, "data_axes": "data"}
     mesh, _, on_devices = on_mesh(AxisType.Auto, (), batch)
     sharded = jax.device_put(params, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
-    report = optaccum.verify(
-        loss_fn, sharded, on_devices, *args, num_microbatches=4, shard_sums=True, **options
-    )
+    report = optaccum.verify(loss_fn, sharded, on_devices, *args, num_microbatches=4, shard_sums=True, **options)
     assert report.ok, str(report)
     expected = {"aux['rows']", "aux['last']", "aux['noise']", "carry['count']", "carry['mean']"}
     assert expected < set(report.leaves)

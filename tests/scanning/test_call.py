@@ -22,9 +22,7 @@ def test_join_undoes_split():
     args = ({"w": jnp.ones(2)}, {"x": jnp.zeros((3, 2))}, "tanh", None, [jnp.ones(1), 2.0])
     call, layout = split_call(Roles((0,), (-4,)), args, {"flag": True, "scale": np.float32(2)})
     joined, kwargs = join_call(layout, call)
-    assert jax.tree.structure((joined, kwargs)) == jax.tree.structure(
-        (list(args), {"flag": True, "scale": 0})
-    )
+    assert jax.tree.structure((joined, kwargs)) == jax.tree.structure((list(args), {"flag": True, "scale": 0}))
     assert joined[2] == "tanh"
     assert kwargs["flag"] is True
     assert type(joined[4][1]) is float
@@ -106,9 +104,7 @@ def test_an_argument_passed_by_name_is_told_to_come_by_position():
 
 def test_gradients_flow_to_every_array_argument():
     def value(h, shift):
-        grad_fn = optaccum.value_and_grad(
-            lambda p, b, h, *, shift: mean_loss(p, b) * h + shift, num_microbatches=3
-        )
+        grad_fn = optaccum.value_and_grad(lambda p, b, h, *, shift: mean_loss(p, b) * h + shift, num_microbatches=3)
         return grad_fn(PARAMS, BATCH, h, shift=shift)[0]
 
     actual = jax.grad(value, argnums=(0, 1))(0.5, 0.1)

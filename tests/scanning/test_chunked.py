@@ -65,8 +65,7 @@ def test_forward_mode_and_second_derivatives():
     plain, chunked = (jax.jvp(lambda p, f=f: f(p, batch), (params,), (tangent,)) for f in losses)
     assert_trees_close(chunked, plain, rtol=1e-5)
     plain, chunked = (
-        jax.jit(jax.jvp, static_argnums=0)(jax.grad(lambda p, f=f: f(p, batch)), (params,), (tangent,))
-        for f in losses
+        jax.jit(jax.jvp, static_argnums=0)(jax.grad(lambda p, f=f: f(p, batch)), (params,), (tangent,)) for f in losses
     )
     assert_trees_close(chunked, plain, rtol=1e-4, atol=1e-6)
 
@@ -101,9 +100,7 @@ def test_outputs_come_back_as_the_whole_batch_gives_them(n):
 
 
 def test_last_and_stack_are_in_order():
-    fn = optaccum.chunked(
-        lambda x: (optaccum.Last(x[0]), optaccum.Stack(x.sum())), batch_argnums=0, num_microbatches=3
-    )
+    fn = optaccum.chunked(lambda x: (optaccum.Last(x[0]), optaccum.Stack(x.sum())), batch_argnums=0, num_microbatches=3)
     last, stack = fn(jnp.arange(7))
     assert int(last) == 2
     assert stack.tolist() == [0 + 3 + 6, 1 + 4, 2 + 5]
@@ -201,9 +198,7 @@ def test_under_vmap_and_inside_value_and_grad():
     many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
     through_chunks = functools.partial(info_nce, encode=optaccum.chunked(encode, num_microbatches=3))
     actual = jax.vmap(jax.grad(through_chunks), in_axes=(0, None))(many, batch)
-    assert_trees_close(
-        actual, jax.vmap(jax.grad(info_nce), in_axes=(0, None))(many, batch), rtol=1e-4, atol=1e-6
-    )
+    assert_trees_close(actual, jax.vmap(jax.grad(info_nce), in_axes=(0, None))(many, batch), rtol=1e-4, atol=1e-6)
     nested = optaccum.value_and_grad(through_chunks, num_microbatches=2)(params, batch)
     plain = optaccum.value_and_grad(info_nce, num_microbatches=2)(params, batch)
     assert_trees_close(nested, plain, rtol=1e-5, atol=1e-6)
@@ -235,9 +230,7 @@ def test_under_shard_map():
 
     def local(params, batch):
         rows = optaccum.chunked(encode, num_microbatches=3)(params, batch)
-        total = optaccum.chunked(lambda x: optaccum.Sum(x.sum()), num_microbatches=3, batch_argnums=0)(
-            rows[0]
-        )
+        total = optaccum.chunked(lambda x: optaccum.Sum(x.sum()), num_microbatches=3, batch_argnums=0)(rows[0])
         return rows, jax.lax.psum(total, "data")
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P("data"), P()))
@@ -291,10 +284,7 @@ def test_data_axes_leave_no_collective_in_the_loops(kind):
 
         def loss_fn(params, batch):
             image, text = encoded(params, batch)
-            gathered = [
-                jax.lax.with_sharding_constraint(x, P()) if kind == AxisType.Auto else x
-                for x in (image, text)
-            ]
+            gathered = [jax.lax.with_sharding_constraint(x, P()) if kind == AxisType.Auto else x for x in (image, text)]
             if kind == AxisType.Explicit:
                 gathered = [jax.sharding.reshard(x, P()) for x in gathered]
             return info_nce(params, None, encode=lambda *_: gathered)

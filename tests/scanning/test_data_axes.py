@@ -64,9 +64,7 @@ def test_where_the_mesh_comes_from(kind, how):
     assert_trees_close(out, jax.value_and_grad(mean_loss)(make_params(), make_batch()), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "spec", [P("model"), P(("data", "model")), P(("model", "data")), P(None, "data")], ids=str
-)
+@pytest.mark.parametrize("spec", [P("model"), P(("data", "model")), P(("model", "data")), P(None, "data")], ids=str)
 def test_batch_placed_otherwise_on_an_explicit_mesh(spec):
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(EXPLICIT,) * 2)
     params, x = jax.random.normal(jax.random.key(0), (4,)), jax.random.normal(jax.random.key(1), (12, 4))
@@ -122,9 +120,7 @@ def test_no_weight_anywhere(kind):
 def test_terms_with_their_own_denominators(kind):
     def loss_fn(params, batch):
         routed = batch["x"][:, 0] > 0.3
-        router = optaccum.WeightedMean(
-            (routed * batch["x"][:, 1] * params["shift"][0] ** 2).sum(), routed.sum()
-        )
+        router = optaccum.WeightedMean((routed * batch["x"][:, 1] * params["shift"][0] ** 2).sum(), routed.sum())
         plain = mean_term(mean_loss(params, batch), batch)
         return {"tokens": _masked_loss(params, batch), "router": router, "plain": plain}
 
@@ -254,12 +250,8 @@ def test_an_integer_of_a_carry_that_differs_by_device_is_refused(what):
         own = (batch["x"] > 0).sum() if what == "rows" else jax.random.randint(key, (), 0, 9)
         return mean_loss(params, batch), ({"n": carry["n"] + own}, ())
 
-    with pytest.raises(
-        TypeError, match=r"carry\['n'\], of dtype int32.*alike on every device.*optaccum\.Sum"
-    ):
-        run(
-            loss_fn, args=({"n": jnp.int32(0)}, jax.random.key(0)), has_aux=True, carry_argnum=2, key_argnum=3
-        )
+    with pytest.raises(TypeError, match=r"carry\['n'\], of dtype int32.*alike on every device.*optaccum\.Sum"):
+        run(loss_fn, args=({"n": jnp.int32(0)}, jax.random.key(0)), has_aux=True, carry_argnum=2, key_argnum=3)
 
 
 def test_where_a_device_drops_the_largest_count_of_the_carry_stands():

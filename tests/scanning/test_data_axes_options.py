@@ -50,14 +50,10 @@ def test_one_device_drops_a_micro_batch(kind):
     (value, last), grads, info = run(_first_feature, kind, batch=_with_nan(bad), **options)
     kept = [micro_batches(N)[index] for index in micro_batches(N) if index != (1, 1)]
     kept = jax.tree.map(lambda *xs: jnp.concatenate(xs), *kept)
-    assert_trees_close(
-        (value, grads), jax.value_and_grad(mean_loss)(make_params(), kept), rtol=1e-5, atol=1e-6
-    )
+    assert_trees_close((value, grads), jax.value_and_grad(mean_loss)(make_params(), kept), rtol=1e-5, atol=1e-6)
     assert (int(info.num_skipped), float(info.weight)) == (1, ROWS - SIZE)
     assert float(last) == make_batch()["x"][-2 * 2, 0]  # of rows 18 .. 23 the last micro-batch has 20 and 23
-    (value, _), grads, _ = run(
-        _first_feature, kind, batch=_with_nan(bad), **options | {"skip_nonfinite": False}
-    )
+    (value, _), grads, _ = run(_first_feature, kind, batch=_with_nan(bad), **options | {"skip_nonfinite": False})
     assert np.isnan(value)
     assert np.isnan(grads["w"]).any()
 
@@ -241,9 +237,7 @@ def test_meta_gradient(kind, in_place):
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected[1])) > 1e-2
 
 
-@pytest.mark.parametrize(
-    "layout", ["data", "data and model"]
-)  # 16-bit all-reduces over some axes abort XLA on CPU
+@pytest.mark.parametrize("layout", ["data", "data and model"])  # 16-bit all-reduces over some axes abort XLA on CPU
 @pytest.mark.parametrize("accumulator_dtype", [jnp.float32, None])
 def test_bf16_parameters(accumulator_dtype, layout):
     def loss_fn(params, batch):
@@ -272,8 +266,6 @@ def test_strict_promotion_finds_no_implicit_cast_in_a_bf16_carry():
         return mean_loss(params, batch), (mean + batch["x"].mean().astype(mean.dtype), ())
 
     with jax.numpy_dtype_promotion("strict"):
-        (_, (mean, _)), _ = run(
-            loss_fn, AUTO, args=(jnp.zeros([], jnp.bfloat16),), has_aux=True, carry_argnum=2
-        )
+        (_, (mean, _)), _ = run(loss_fn, AUTO, args=(jnp.zeros([], jnp.bfloat16),), has_aux=True, carry_argnum=2)
     assert mean.dtype == jnp.bfloat16
     assert float(mean) == pytest.approx(N * float(make_batch()["x"].mean()), abs=0.02)

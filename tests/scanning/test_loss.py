@@ -58,9 +58,7 @@ def test_what_skipping_refuses_does_not_depend_on_the_identity_of_a_weight():
         return {"a": tokens, "b": optaccum.WeightedMean(2 * tokens.total, weight)}
 
     for same in (True, False):
-        grad_fn = optaccum.grad(
-            functools.partial(loss_fn, same=same), num_microbatches=3, skip_nonfinite=True
-        )
+        grad_fn = optaccum.grad(functools.partial(loss_fn, same=same), num_microbatches=3, skip_nonfinite=True)
         with pytest.raises(ValueError, match="loss of one weight"):
             grad_fn(PARAMS, BATCH)
 

@@ -103,9 +103,7 @@ def test_meta_gradients_through_training_steps_in_a_scan():
         return ratio_loss(jax.lax.scan(step, PARAMS, None, length=2)[0], BATCH)
 
     loss = optaccum.microbatched(token_loss, num_microbatches=3)
-    actual, expected = (
-        jax.jit(jax.grad(lambda r, f=f: after_training(r, f)))(0.3) for f in (loss, ratio_loss)
-    )
+    actual, expected = (jax.jit(jax.grad(lambda r, f=f: after_training(r, f)))(0.3) for f in (loss, ratio_loss))
     assert_trees_close(actual, expected, rtol=1e-4)
     assert abs(float(actual)) > 1e-3
 
@@ -144,9 +142,9 @@ def test_over_devices_the_gradient_crosses_once(kind):
         compiled = each_time.lower(params, on_mesh, {"s": 1.5}).compile()
         assert optaccum.count_collectives(compiled).in_loops
     closed = jax.grad(
-        lambda s: optaccum.microbatched(
-            lambda p, b: scaled_loss(p, b, {"s": s}), num_microbatches=2, data_axes="data"
-        )(params, on_mesh)
+        lambda s: optaccum.microbatched(lambda p, b: scaled_loss(p, b, {"s": s}), num_microbatches=2, data_axes="data")(
+            params, on_mesh
+        )
     )
     with jax.set_mesh(mesh):
         assert_trees_close(jax.device_get(closed(1.5)), jax.device_get(expected[1][1]["s"]), rtol=1e-5)

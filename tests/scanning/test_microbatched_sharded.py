@@ -94,9 +94,7 @@ def test_gather_dtype_rounds_the_parameters_and_no_gradient():
         assert grads.sharding.spec == P("data")
     assert set(seen) == {(jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))}  # the parameters alone
     narrow = jax.grad(
-        optaccum.microbatched(
-            loss, microbatch_size=8, data_axes="data", accumulator_dtype=jnp.bfloat16, in_place=False
-        )
+        optaccum.microbatched(loss, microbatch_size=8, data_axes="data", accumulator_dtype=jnp.bfloat16, in_place=False)
     )(w.astype(jnp.bfloat16), x, 1.0)
     assert float(narrow[0]) != float(grads[0])
 
@@ -152,9 +150,7 @@ def test_in_someones_own_shard_map(check_vma):
         return jax.grad(lambda w: jax.lax.pmean(own(w, x), "data"))(w)
 
     mapped = jax.jit(
-        jax.shard_map(
-            on_each_device, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma
-        )
+        jax.shard_map(on_each_device, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma)
     )
     assert_trees_close(mapped(w, x), jax.grad(loss)(w, x), rtol=1e-5)
     with pytest.raises(AssertionError):

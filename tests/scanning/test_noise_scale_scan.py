@@ -83,9 +83,7 @@ def model():
 def per_example(params, batch):
     """Each example's gradient, flat, in float64; shape=(B, parameters)."""
     grads = jax.vmap(jax.grad(lambda p, row: model_loss(p, row)), in_axes=(None, 0))(params, batch)
-    return np.concatenate(
-        [np.asarray(g, np.float64).reshape(len(g), -1) for g in jax.tree.leaves(grads)], axis=1
-    )
+    return np.concatenate([np.asarray(g, np.float64).reshape(len(g), -1) for g in jax.tree.leaves(grads)], axis=1)
 
 
 def formula(each, weights, n):

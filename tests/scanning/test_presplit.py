@@ -149,9 +149,7 @@ def test_devices_divide_the_second_axis(kind):
 
 
 def test_derivatives_through_it_and_batches_of_counts():
-    grad_fn = optaccum.value_and_grad(
-        lambda p, b, count, scale: mean_loss(p, b) * scale, presplit=True, count_argnum=2
-    )
+    grad_fn = optaccum.value_and_grad(lambda p, b, count, scale: mean_loss(p, b) * scale, presplit=True, count_argnum=2)
 
     def norm(scale, count, fn):
         return jnp.sum(fn(scale, count)["w"] ** 2)
@@ -195,8 +193,6 @@ def test_rows_that_belong_together():
     ],
 )
 def test_mistakes_are_named(batch, count, error, match):
-    grad_fn = optaccum.grad(
-        lambda w, b, c: jnp.mean(w * jax.tree.leaves(b)[0]), presplit=True, count_argnum=2
-    )
+    grad_fn = optaccum.grad(lambda w, b, c: jnp.mean(w * jax.tree.leaves(b)[0]), presplit=True, count_argnum=2)
     with pytest.raises(error, match=match):
         grad_fn(1.0, batch, count)

@@ -59,9 +59,7 @@ def weighted(params, batch, key, carry):
 
 def terms(params, batch, key, carry):
     loss, (carry, aux) = weighted(params, batch, key, carry)
-    routed = optaccum.WeightedMean(
-        jnp.sum(batch.routed * 3 * residuals(params, batch)), jnp.sum(batch.routed)
-    )
+    routed = optaccum.WeightedMean(jnp.sum(batch.routed * 3 * residuals(params, batch)), jnp.sum(batch.routed))
     return {
         "tokens": loss,
         "routed": routed,

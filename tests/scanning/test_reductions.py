@@ -150,6 +150,4 @@ def test_a_loss_that_knows_its_size_is_told_why_it_sees_another():
     assert "4 examples instead of 2" in " ".join(info.value.__notes__)
     aux = aux_of(lambda batch: optaccum.Sum(fixed(batch)), 2, batch=batch)
     assert_trees_close(aux["bare"], X[:4].sum(0), rtol=1e-5)
-    assert (
-        aux_of(lambda batch: fixed(batch)["bare"].sum(), 2, batch=batch).shape == ()
-    )  # a scalar has no axis
+    assert aux_of(lambda batch: fixed(batch)["bare"].sum(), 2, batch=batch).shape == ()  # a scalar has no axis

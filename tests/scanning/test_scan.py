@@ -76,9 +76,7 @@ def test_scanned_layers_need_no_second_gradient_buffer():
     assert in_place <= 0.4 * temp_bytes(peer(transformer_loss), params)
     assert in_place <= 0.4 * temp_bytes(hand_written(transformer_loss), params)
     assert in_place < 0.5 * num_bytes(params)
-    carried = temp_bytes(
-        optaccum.value_and_grad(transformer_loss, num_microbatches=K, in_place=False), params
-    )
+    carried = temp_bytes(optaccum.value_and_grad(transformer_loss, num_microbatches=K, in_place=False), params)
     assert carried > num_bytes(params)  # what the comparison would see if references did nothing
 
 
@@ -256,9 +254,7 @@ def test_inside_someones_shard_map_gradients_come_as_jax_gives_them_there(in_pla
 
     actual = on_two_devices(optaccum.grad(loss_fn, num_microbatches=3, in_place=in_place))
     assert_trees_close(actual, on_two_devices(jax.grad(whole)), rtol=1e-5)
-    averaged = on_two_devices(
-        optaccum.grad(lambda p, b: lax.pmean(mean_loss(p, b), "data"), num_microbatches=3)
-    )
+    averaged = on_two_devices(optaccum.grad(lambda p, b: lax.pmean(mean_loss(p, b), "data"), num_microbatches=3))
     assert_trees_close(averaged, jax.grad(mean_loss)(PARAMS, batch), rtol=1e-4)
     with pytest.raises(AssertionError):
         assert_trees_close(actual, jax.grad(whole)(PARAMS, batch), rtol=1e-2)

@@ -103,16 +103,12 @@ def place(kind, where):
 
 
 def value_and_grad(axes, **options):
-    return optaccum.value_and_grad(
-        loss_fn, **{"num_microbatches": 3, "has_aux": True, "data_axes": axes, **options}
-    )
+    return optaccum.value_and_grad(loss_fn, **{"num_microbatches": 3, "has_aux": True, "data_axes": axes, **options})
 
 
 def assert_sharded_alike(grads, params):
     for (path, g), x in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(params), strict=True):
-        assert g.sharding.is_equivalent_to(x.sharding, x.ndim), (
-            f"{path}: {g.sharding.spec}, not {x.sharding.spec}"
-        )
+        assert g.sharding.is_equivalent_to(x.sharding, x.ndim), f"{path}: {g.sharding.spec}, not {x.sharding.spec}"
 
 
 CASES = {f"{name}-{kind.name}": (kind, SPECS[name]) for name in SPECS for kind in (AUTO, EXPLICIT)}
@@ -264,9 +260,7 @@ def test_noise_skipping_and_maxima():
     assert int(wanted[2].num_skipped) == 1
     assert float(jnp.abs(wanted[1]["layers"]["w"]).max()) > 1e-3
     for shard_sums in (False, True):
-        fn = optaccum.value_and_grad(
-            loss, num_microbatches=3, data_axes=axes, shard_sums=shard_sums, **options
-        )
+        fn = optaccum.value_and_grad(loss, num_microbatches=3, data_axes=axes, shard_sums=shard_sums, **options)
         out = fn(params, batch)
         assert_trees_close(out, wanted, rtol=1e-4, atol=1e-6)
         assert_sharded_alike(out[1], params)
@@ -293,17 +287,13 @@ def test_layer_by_layer_under_a_bare_jit():
     assert_trees_close(out, expected(), rtol=3e-6, atol=3e-6)
     assert_sharded_alike(out[1], params)
     params["layers"]["w"] = params["layers"]["w"].at[:].set(jnp.nan)
-    grads = jax.jit(optaccum.grad(lambda p, b: p["table"].sum() * b["y"].mean(), num_microbatches=3))(
-        params, batch
-    )
+    grads = jax.jit(optaccum.grad(lambda p, b: p["table"].sum() * b["y"].mean(), num_microbatches=3))(params, batch)
     assert_trees_equal(grads["layers"]["w"], jnp.zeros((8, WIDTH, WIDTH)))  # no NaN comes of that
 
 
 def test_replicas_over_one_axis_and_sharded_over_another():
     mesh = jax.make_mesh((2, 4), ("replica", "data"), axis_types=(AUTO,) * 2)
-    params = jax.tree.map(
-        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), make_params(), ONE_AXIS
-    )
+    params = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), make_params(), ONE_AXIS)
     batch = jax.device_put(make_batch(), NamedSharding(mesh, P(("replica", "data"))))
     fn = value_and_grad("replica")
     for out in (fn(params, batch), jax.jit(fn)(params, batch)):
@@ -368,9 +358,7 @@ def test_errors(name):
 def test_a_dimension_that_does_not_divide():
     mesh = jax.make_mesh((8,), ("data",))
     x = jax.device_put(jnp.ones(16), NamedSharding(mesh, P("data")))
-    fn = optaccum.grad(
-        lambda w, x: (w * x.sum()).mean(), num_microbatches=2, data_axes="data", grad_specs=P("data")
-    )
+    fn = optaccum.grad(lambda w, x: (w * x.sum()).mean(), num_microbatches=2, data_axes="data", grad_specs=P("data"))
     with pytest.raises(ValueError, match=r"float32\[6\].*dimension 0 does not divide over 8 devices"):
         fn(jnp.ones(6), x)
     assert fn(jnp.ones(8), x).sharding.spec == P("data")

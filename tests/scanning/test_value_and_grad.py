@@ -199,9 +199,7 @@ def test_what_is_no_batch_of_rows_is_told_where_to_go():
 
 def test_array_sizes_are_taken():
     expected = optaccum.value_and_grad(mean_loss, num_microbatches=2)(PARAMS, BATCH)
-    assert_trees_equal(
-        optaccum.value_and_grad(mean_loss, num_microbatches=jnp.int32(2))(PARAMS, BATCH), expected
-    )
+    assert_trees_equal(optaccum.value_and_grad(mean_loss, num_microbatches=jnp.int32(2))(PARAMS, BATCH), expected)
 
 
 def test_integer_parameters_and_changing_carries_are_refused_by_name():

@@ -186,9 +186,7 @@ def test_it_is_found_in_what_it_is_composed_with_and_its_parameters_are_mapped()
         assert [bool(optaccum.has_updated(s)) for s in states] == [False, True]
         assert (updates[0]["w"] == 0).all()
         assert (updates[1]["w"] != 0).any()
-        mapped = optax.tree.map_params(
-            tx, lambda leaf: "param", states[-1], transform_non_params=lambda _: "no"
-        )
+        mapped = optax.tree.map_params(tx, lambda leaf: "param", states[-1], transform_non_params=lambda _: "no")
         assert "param" in jax.tree.leaves(mapped)
         assert len(jax.tree.leaves(mapped)) == len(jax.tree.leaves(states[-1]))
 

@@ -141,9 +141,7 @@ def test_multi_steps_needs_three_copies_so_the_measure_sees_them():
 
 
 def test_the_fused_finite_check_saves_what_optax_materialises():
-    plain = optaccum.accumulate(
-        optax.adamw(1e-3), 8, should_skip_update_fn=lambda *args: optax.skip_not_finite(*args)
-    )
+    plain = optaccum.accumulate(optax.adamw(1e-3), 8, should_skip_update_fn=lambda *args: optax.skip_not_finite(*args))
     assert temp_copies(plain, in_one=True) > 0.5
 
 

@@ -57,16 +57,12 @@ def momentum():
 
 AROUND = {
     "linear before": lambda wrap: optax.chain(optax.scale(2.0), wrap(momentum())),
-    "after": lambda wrap: optax.chain(
-        wrap(momentum()), optax.scale(-0.5), optax.masked(optax.scale(2.0), MASK)
-    ),
+    "after": lambda wrap: optax.chain(wrap(momentum()), optax.scale(-0.5), optax.masked(optax.scale(2.0), MASK)),
     "named_chain": lambda wrap: optax.named_chain(("window", wrap(momentum())), ("scale", optax.scale(2.0))),
     "masked": lambda wrap: optax.chain(  # which passes the others' gradients on, at every micro-step
         optax.masked(wrap(momentum()), MASK), optax.masked(optax.set_to_zero(), {"w": False, "b": True})
     ),
-    "partition": lambda wrap: optax.partition(
-        {"slow": wrap(momentum()), "fast": wrap(optax.adam(0.1))}, LABELS
-    ),
+    "partition": lambda wrap: optax.partition({"slow": wrap(momentum()), "fast": wrap(optax.adam(0.1))}, LABELS),
     "selective": lambda wrap: optax.selective_transform(wrap(momentum()), freeze_mask=MASK),
     "inject_hyperparams": lambda wrap: optax.inject_hyperparams(
         lambda learning_rate: wrap(optax.sgd(learning_rate, momentum=0.9))

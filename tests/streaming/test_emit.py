@@ -54,9 +54,7 @@ def test_it_ends_a_window_also_with_a_micro_step_that_is_skipped_or_weighs_nothi
     tx = optaccum.accumulate(optax.identity(), None, should_skip_update_fn=optax.skip_not_finite)
     last = [(BAD, 7.0), (BAD, 0.0), (GRADS[2], np.nan)]
     for grads, weight in last:
-        updates, states = run(
-            tx, [GRADS[0], GRADS[1], grads], weight=(1.0, 3.0, weight), emit=(False, False, True)
-        )
+        updates, states = run(tx, [GRADS[0], GRADS[1], grads], weight=(1.0, 3.0, weight), emit=(False, False, True))
         assert_trees_equal(updates[2], weighted_mean(GRADS[:2], [1, 3]))
         assert (int(states[2].micro_step), int(states[2].num_skipped)) == (0, int(weight != 0))
         assert optaccum.weight_total(states[2]) == 4.0
@@ -114,9 +112,7 @@ def test_the_weight_may_follow_the_updates():
 
 
 def test_what_is_skipped_brings_no_weight():
-    tx = optaccum.accumulate(
-        optax.identity(), optaccum.until_weight(4), should_skip_update_fn=optax.skip_not_finite
-    )
+    tx = optaccum.accumulate(optax.identity(), optaccum.until_weight(4), should_skip_update_fn=optax.skip_not_finite)
     _, states = run(tx, [GRADS[0], BAD, GRADS[1]], weight=(2, 9, 2))
     assert emitted(states) == [False, False, True]
 

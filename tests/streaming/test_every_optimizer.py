@@ -66,9 +66,7 @@ WITH_ARGUMENTS = {
     "contrib.mechanize": lambda: contrib.mechanize(optax.adam(0.1)),
     "contrib.sam": lambda: contrib.sam(optax.adam(0.1), optax.sgd(0.1), sync_period=2),
     "contrib.scale_by_galore": lambda: contrib.scale_by_galore(rank=1),
-    "contrib.scale_by_muon": lambda: optax.masked(
-        contrib.scale_by_muon(weight_dimension_numbers=all_matrices), MASK
-    ),
+    "contrib.scale_by_muon": lambda: optax.masked(contrib.scale_by_muon(weight_dimension_numbers=all_matrices), MASK),
     "contrib.schedule_free": lambda: contrib.schedule_free(optax.sgd(0.1), 0.1),
     "contrib.split_real_and_imaginary": lambda: contrib.split_real_and_imaginary(optax.adam(0.1)),
     "flatten": lambda: optax.flatten(optax.adam(0.1)),
@@ -278,9 +276,7 @@ def test_a_window_is_one_update_on_the_mean(name, dtype):
     if name in COMPILED:
         inner = inner._replace(update=jax.jit(inner.update))
     tx, tx_1 = (
-        optaccum.accumulate(
-            inner, k, averaged_extra_args=("value",) * (name in AVERAGED), accumulator_dtype=sum_dtype
-        )
+        optaccum.accumulate(inner, k, averaged_extra_args=("value",) * (name in AVERAGED), accumulator_dtype=sum_dtype)
         for k in (2, 1)
     )
 

@@ -22,9 +22,7 @@ AROUND = {
     "masked": lambda tx: optax.chain(
         optax.masked(tx, MASK), optax.masked(optax.set_to_zero(), {"w": False, "b": True})
     ),
-    "partition": lambda tx: optax.partition(
-        {"one": tx, "two": optaccum.accumulate(optax.sgd(1.0), 3)}, LABELS
-    ),
+    "partition": lambda tx: optax.partition({"one": tx, "two": optaccum.accumulate(optax.sgd(1.0), 3)}, LABELS),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 2),
     "inject_hyperparams": lambda tx: optax.inject_hyperparams(
         lambda learning_rate: optaccum.accumulate(optax.sgd(learning_rate), None)

@@ -11,9 +11,7 @@ import optaccum
 
 PARAMS = {"w": jnp.arange(4.0), "b": jnp.ones(2)}
 RNG = np.random.default_rng(0)
-GRADS = [
-    jax.tree.map(lambda p: jnp.asarray(RNG.normal(size=p.shape), jnp.float32), PARAMS) for _ in range(10)
-]
+GRADS = [jax.tree.map(lambda p: jnp.asarray(RNG.normal(size=p.shape), jnp.float32), PARAMS) for _ in range(10)]
 
 
 def train(tx, grads, params, state):

@@ -40,9 +40,7 @@ def layout(tree):
 
 @functools.cache
 def tx_of(skip):
-    return optaccum.accumulate(
-        optax.adamw(0.1), 2, should_skip_update_fn=optax.skip_not_finite if skip else None
-    )
+    return optaccum.accumulate(optax.adamw(0.1), 2, should_skip_update_fn=optax.skip_not_finite if skip else None)
 
 
 def three_calls(tx, params, state, grads, *, in_one, jit=jax.jit):

@@ -43,9 +43,7 @@ def train(tx, num_steps, keep=lambda state: ()):
 
 
 def test_counters_and_weights_stay_exact_in_one_scan():
-    tx = optaccum.accumulate(
-        optax.sgd(1.0), lambda step: 1 + step % 3, should_skip_update_fn=optax.skip_not_finite
-    )
+    tx = optaccum.accumulate(optax.sgd(1.0), lambda step: 1 + step % 3, should_skip_update_fn=optax.skip_not_finite)
     params = jnp.zeros(3)
     params, state, num_emits, _ = train(tx, NUM_STEPS)(params, tx.init(params))
 

@@ -54,9 +54,7 @@ def test_any_calls_are_what_the_model_says(setting):
     assert num_traces[setting] == 1
 
 
-SOME_CALLS = [
-    Call(seed=i, weight=(2, 1, 0, 3)[i % 4], bad=np.nan if i in (5, 14, 18, 25) else 0.0) for i in range(30)
-]
+SOME_CALLS = [Call(seed=i, weight=(2, 1, 0, 3)[i % 4], bad=np.nan if i in (5, 14, 18, 25) else 0.0) for i in range(30)]
 
 
 @pytest.mark.parametrize(
@@ -115,9 +113,7 @@ def same(results, others):
     )
 
 
-@pytest.mark.parametrize(
-    ("through", "num_examples"), [(through_flax, 20), (through_pickle, 20), (through_orbax, 4)]
-)
+@pytest.mark.parametrize(("through", "num_examples"), [(through_flax, 20), (through_pickle, 20), (through_orbax, 4)])
 @pytest.mark.parametrize("setting", [SETTINGS[i] for i in (1, 2, 4)])
 def test_a_restart_anywhere_changes_nothing(setting, through, num_examples):
     @hypothesis.settings(max_examples=num_examples, **HYPOTHESIS)

@@ -35,9 +35,7 @@ def test_a_skipped_micro_step_is_as_if_it_never_came():
 
 def test_the_fused_finite_check_answers_as_optax_does():
     tx = optaccum.accumulate(optax.identity(), 2, should_skip_update_fn=optax.skip_not_finite)
-    plain = optaccum.accumulate(
-        optax.identity(), 2, should_skip_update_fn=lambda *args: optax.skip_not_finite(*args)
-    )
+    plain = optaccum.accumulate(optax.identity(), 2, should_skip_update_fn=lambda *args: optax.skip_not_finite(*args))
     params = {"a": jnp.zeros((3, 5)), "b": jnp.zeros([], jnp.bfloat16), "c": jnp.zeros(2, jnp.complex64)}
     grads = {
         "a": params["a"].at[1, 2:].set(jnp.array([jnp.nan, jnp.inf, -jnp.inf])),
@@ -62,9 +60,7 @@ def test_a_skip_function_sees_the_step_and_the_parameters():
 
 
 def test_a_skip_function_that_does_not_decide_raises():
-    tx = optaccum.accumulate(
-        optax.sgd(0.1), 2, should_skip_update_fn=lambda g, step, p: (jnp.isnan(g["b"]), ())
-    )
+    tx = optaccum.accumulate(optax.sgd(0.1), 2, should_skip_update_fn=lambda g, step, p: (jnp.isnan(g["b"]), ()))
     with pytest.raises(TypeError, match=r"bool scalar.*got bool\[2\]"):
         tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
 
@@ -75,9 +71,7 @@ def test_a_skip_function_that_does_not_decide_raises():
 @pytest.mark.parametrize("name", ["weight", "denominator"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_weight_that_is_not_finite_ends_with_its_window(name, bad):
-    tx = optaccum.accumulate(
-        optax.identity(), optaccum.by_weight(lambda total: 2 - (total >= 6).astype(jnp.int32))
-    )
+    tx = optaccum.accumulate(optax.identity(), optaccum.by_weight(lambda total: 2 - (total >= 6).astype(jnp.int32)))
     updates, states = run(tx, GRADS[:6], **{name: (1.0, bad, 4.0, 4.0, 1.0, 1.0)})
     assert jnp.isnan(updates[1]["w"]).all()  # as a NaN in the gradient
     assert jnp.isfinite(updates[3]["w"]).all()

@@ -61,9 +61,7 @@ def train(step, tx=TX, params=PARAMS, batches=BATCHES, **per_call):
     """The losses, the parameters and the state at the end; `per_call` lists one keyword for each call."""
     state, losses = tx.init(params), []
     for i, batch in enumerate(batches):
-        loss, params, state = step(
-            params, state, *batch, **{name: given[i] for name, given in per_call.items()}
-        )
+        loss, params, state = step(params, state, *batch, **{name: given[i] for name, given in per_call.items()})
         losses.append(loss)
     return losses, params, state
 
@@ -76,9 +74,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "in_place"), [*itertools.product(CASES, [True, False]), ("emit", "outside jit")]
-)
+@pytest.mark.parametrize(("name", "in_place"), [*itertools.product(CASES, [True, False]), ("emit", "outside jit")])
 def test_it_is_a_gradient_and_apply_gradients(name, in_place):
     loss_fn, per_call = CASES[name]
     expected = train(jitted(loss_fn), **per_call)
@@ -292,9 +288,7 @@ def test_parameters_may_hold_functions():
 def test_wrong_calls_raise(loss_fn, kwargs, error, match):
     for in_place in (None, True):
         with pytest.raises(error, match=match):
-            optaccum.value_and_update(loss_fn, TX, in_place=in_place)(
-                PARAMS, TX.init(PARAMS), *BATCHES[0], **kwargs
-            )
+            optaccum.value_and_update(loss_fn, TX, in_place=in_place)(PARAMS, TX.init(PARAMS), *BATCHES[0], **kwargs)
 
 
 def test_wrong_options_raise_where_they_are_made():

@@ -23,7 +23,7 @@ from optaccum._scanning.whole_batch import differ, divide_batch, make_sums_of, r
 PyTree = Any
 
 _NOT_TAKEN = {
-    "argnums": None,
+    "argnums": ...,
     "skip_nonfinite": False,
     "grad_reduction_fn": None,
     "return_info": False,
@@ -166,7 +166,7 @@ def _whole_batch(
         placement = placement.beside(closed)
 
     def window(call, chosen, of_rows):
-        """(value, aux), and the gradients of those chosen in `call.diff`, then in its batch; None for the others."""
+        """(value, aux), and the gradients of those chosen in `call.diff`, then in its batch; False for the others."""
 
         def some(xs):
             return [x for x, is_chosen in zip(xs, chosen, strict=True) if is_chosen]
@@ -186,7 +186,9 @@ def _whole_batch(
         if options.presplit:
             row_grads = [x.swapaxes(0, 1) for x in row_grads]
         grads = iter([*grads, *row_grads])
-        return (value, reductions.merge_aux(aux, rows)), [next(grads) if c else None for c in (*chosen, *of_rows)]
+        # Not None: JAX may unflatten one call's residuals by another's structure, where what is chosen differs.
+        grads = [next(grads) if c else jnp.bool_(False) for c in (*chosen, *of_rows)]
+        return (value, reductions.merge_aux(aux, rows)), grads
 
     @jax.custom_vjp
     def value_of(shared, batch, others):
@@ -201,7 +203,8 @@ def _whole_batch(
         scale, _ = cotangents
         if isinstance(scale, SymbolicZero):
             return None, None, None
-        scaled = [None if g is None else (g * scale).astype(d) for g, d in zip(grads, own_dtypes, strict=True)]
+        pairs = zip(grads, own_dtypes, strict=True)
+        scaled = [None if g.dtype == jnp.bool_ else (g * scale).astype(dtype) for g, dtype in pairs]
         return scaled[: len(shared)], structure.unflatten(scaled[len(shared) :]), None
 
     shared, (rows, structure) = [*call.diff, *closed], jax.tree.flatten(call.batch)

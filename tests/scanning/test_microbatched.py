@@ -253,6 +253,28 @@ def test_a_loss_scale_stands_inside_the_loss():
     assert not jnp.isfinite(jax.grad(loss)(w, x, 2.0**60)).all()  # overflow, which a dynamic scale looks for
 
 
+@pytest.mark.parametrize("transform", [lambda fn: fn, jax.jit, lambda fn: lambda t: jax.vmap(fn)(t[None])[0]])
+def test_calls_that_are_differentiated_by_other_arguments_stay_apart(transform):
+    """In one derivative: their residuals have one structure, for JAX confuses them."""
+
+    def loss_fn(a, batch, b):
+        return jnp.mean(jnp.tanh(batch["x"] @ a + 2) * jnp.sin(3 * batch["x"] @ b))
+
+    first, second = PARAMS["w"], jnp.array([0.1, 0.5, -0.2])
+
+    def total(loss):
+        calls = [lambda t: loss(t, BATCH, first), lambda t: loss(first, BATCH, t)]
+        calls += [lambda t: loss(t, {"x": BATCH["x"] * t}, t), lambda t: jax.grad(loss, 2)(t, BATCH, first).sum()]
+        return lambda t: sum((i + 1) * call(t) for i, call in enumerate(calls))
+
+    expected = jax.grad(total(loss_fn))(second)
+    actual = jax.grad(transform(total(optaccum.microbatched(loss_fn, num_microbatches=3))))(second)
+    assert_trees_close(actual, expected, rtol=1e-5, atol=1e-6)
+    swapped = total(lambda a, batch, b: loss_fn(b, batch, a))
+    with pytest.raises(AssertionError):
+        assert_trees_close(actual, jax.grad(swapped)(second), rtol=1e-2)
+
+
 def test_forward_mode_is_told_the_way_out():
     loss = optaccum.microbatched(mean_loss, num_microbatches=3)
     with pytest.raises(TypeError, match="forward-mode") as info:

@@ -42,11 +42,13 @@ class Layout(NamedTuple):
     others: tuple[Any, ...]  # (type, value) of what is not an array, None for each array
 
 
-def as_indices(argnums: int | Sequence[int], name: str) -> tuple[int, ...]:
-    """An int or a sequence of ints as a tuple."""
-    indices: tuple[Any, ...] = tuple(argnums) if isinstance(argnums, Iterable) else (argnums,)
-    if not indices or any(isinstance(i, bool) or not hasattr(i, "__index__") for i in indices):
-        raise TypeError(f"expected {name} to be an int or a non-empty sequence of ints; got {argnums!r}.")
+def as_indices(argnums: int | Sequence[int], name: str, *, one: bool = False) -> tuple[int, ...]:
+    """An int, or unless it is to be `one` a sequence of ints, as a tuple."""
+    indices: tuple[Any, ...] = tuple(argnums) if isinstance(argnums, Iterable) and not one else (argnums,)
+    # (An array has __index__, whatever is in it.)
+    if not indices or any(isinstance(i, bool | Iterable) or not hasattr(i, "__index__") for i in indices):
+        kinds = "an int" if one else "an int or a non-empty sequence of ints"
+        raise TypeError(f"expected {name} to be {kinds}; got {argnums!r}.")
     return tuple(int(i) for i in indices)
 
 
@@ -57,13 +59,13 @@ def make_roles(
     carry_argnum: Any = None,
     count_argnum: Any = None,
 ) -> Roles:
-    """The roles that these options give; raises for what is no index, or has two roles already."""
+    """The roles that these options give; raises for what is no index, or has two roles already. `...`: nothing is."""
     rest = {"key_argnum": key_argnum, "carry_argnum": carry_argnum, "count_argnum": count_argnum}
     return resolve_roles(
         Roles(
-            () if argnums is None else as_indices(argnums, "argnums"),
+            () if argnums is ... else as_indices(argnums, "argnums"),
             as_indices(batch_argnums, "batch_argnums"),
-            *(None if index is None else as_indices(index, name)[0] for name, index in rest.items()),
+            *(None if index is None else as_indices(index, name, one=True)[0] for name, index in rest.items()),
         )
     )
 

@@ -75,7 +75,7 @@ def chunked(
     """
     check_function(fn, "fn")
     num_microbatches, microbatch_size = check_split_options(num_microbatches, microbatch_size)
-    roles, axes = make_roles(None, batch_argnums, key_argnum), as_axes(data_axes)
+    roles, axes = make_roles(..., batch_argnums, key_argnum), as_axes(data_axes)
 
     def whole_batch(layout: Layout, mesh: Any, call: Call) -> PyTree:
         n = resolve_num_microbatches(batch_size_of(call.batch), num_microbatches, microbatch_size)

@@ -1,6 +1,6 @@
 """The options of `value_and_grad`, in one record."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from optaccum._dtypes import AccumulatorDType, check_accumulator_dtype
@@ -65,7 +65,7 @@ def make_options(given: dict[str, Any]) -> Options:
     check_gather_dtype(given["gather_dtype"])
     options = Options(
         roles=make_roles(**argnums),
-        one_argnum=hasattr(argnums["argnums"], "__index__"),
+        one_argnum=not isinstance(argnums["argnums"], Iterable),
         **given
         | {
             "num_microbatches": sizes[0],

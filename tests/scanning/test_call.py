@@ -18,6 +18,29 @@ def test_indices(argnums, expected):
     assert as_indices(argnums, "argnums") == expected
 
 
+@pytest.mark.parametrize("name", ["argnums", "batch_argnums", "key_argnum", "carry_argnum", "count_argnum"])
+def test_indices_that_are_none_are_refused_where_they_are_given(name):
+    """A sequence where one argument has the role as well: its first would be taken, the others ignored."""
+
+    def make(index):
+        return optaccum.value_and_grad(mean_loss, presplit=True, has_aux=True, **{name: index})
+
+    make(2)
+    refused = [True, 2.0, "2", np.array([[2]])]
+    refused += [None, ()] if name.endswith("argnums") else [(2, 3), [2], np.array([2])]
+    for index in refused:
+        with pytest.raises(TypeError, match=f"expected {name} to be an int"):
+            make(index)
+
+
+def test_an_array_of_argnums_is_a_sequence():
+    args = PARAMS["w"], BATCH["x"], jnp.float32(0.5)
+    grad_fn = functools.partial(optaccum.grad, lambda w, x, s: jnp.mean(jnp.tanh(x @ w) * s), num_microbatches=3)
+    several = grad_fn(argnums=(0, 2))(*args)
+    assert_trees_close(grad_fn(argnums=np.array([0, 2]))(*args), several)
+    assert jax.tree.structure(several) != jax.tree.structure(grad_fn(argnums=0)(*args))
+
+
 def test_join_undoes_split():
     args = ({"w": jnp.ones(2)}, {"x": jnp.zeros((3, 2))}, "tanh", None, [jnp.ones(1), 2.0])
     call, layout = split_call(Roles((0,), (-4,)), args, {"flag": True, "scale": np.float32(2)})

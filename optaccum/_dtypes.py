@@ -14,7 +14,7 @@ AccumulatorDType = DTypeLike | None | Callable[[tuple[Any, ...], Any], DTypeLike
 """A dtype, None (each gradient's own), or a function of a leaf's key path and the leaf."""
 
 
-def check_accumulator_dtype(accumulator_dtype: Any) -> AccumulatorDType:
+def check_accumulator_dtype(accumulator_dtype: Any, where: str = "") -> AccumulatorDType:
     """`accumulator_dtype`; raises where it is no floating dtype, None or function."""
     if accumulator_dtype is None or _is_function(accumulator_dtype):
         return accumulator_dtype
@@ -22,11 +22,13 @@ def check_accumulator_dtype(accumulator_dtype: Any) -> AccumulatorDType:
         dtype = np.dtype(accumulator_dtype)
     except TypeError as error:
         raise TypeError(
-            "expected accumulator_dtype to be a dtype, None, or a function (path, leaf) -> dtype; "
+            f"expected accumulator_dtype{where} to be a dtype, None, or a function (path, leaf) -> dtype; "
             f"got {accumulator_dtype!r}."
         ) from error
     if not jnp.issubdtype(dtype, jnp.inexact):
-        raise ValueError(f"expected accumulator_dtype to be a floating dtype; got {dtype}, which truncates gradients.")
+        raise ValueError(
+            f"expected accumulator_dtype{where} to be a floating dtype; got {dtype}, which truncates gradients."
+        )
     return accumulator_dtype
 
 
@@ -42,13 +44,19 @@ def accumulator_dtype_of(accumulator_dtype: AccumulatorDType, path: tuple[Any, .
       leaf: anything with a dtype.
     """
     own = dtype_of(leaf)  # not a weak type's default
-    own = cast(Any, jax.dtypes.canonicalize_dtype(own, allow_extended_dtype=True))  # without x64 float32
-    if _is_function(accumulator_dtype):
-        dtype = cast(Callable[..., Any], accumulator_dtype)(path, leaf)
-        return own if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+    if jnp.issubdtype(own, jax.dtypes.extended):
+        return jnp.dtype(jnp.float32)  # of a PRNG key, which has no gradient
+    own = cast(Any, jax.dtypes.canonicalize_dtype(own))  # without x64 float32
+    is_function = _is_function(accumulator_dtype)
+    if is_function:
+        accumulator_dtype = cast(Callable[..., Any], accumulator_dtype)(path, leaf)
+        if jnp.issubdtype(own, jnp.inexact):
+            check_accumulator_dtype(accumulator_dtype, f" at {leaf_name(path)}")
     if accumulator_dtype is None:
         return own
     dtype = jax.dtypes.canonicalize_dtype(cast(DTypeLike, accumulator_dtype))
+    if is_function:
+        return dtype
     if jnp.issubdtype(own, jnp.complexfloating):
         return np.promote_types(own, at_least_float32(dtype))
     return own if own == jnp.float64 else dtype
@@ -92,21 +100,20 @@ def is_float0(leaf: Any) -> bool:
 
 def as_scalar(name: str, value: Any) -> jax.Array:
     """`value` as a float32 scalar; raises by `name` where it is no real one."""
-    try:
-        shape, dtype = jnp.shape(value), dtype_of(value)
-    except TypeError as error:
-        raise TypeError(f"expected {name} to be a real scalar; got {type(value).__name__}.") from error
+    if not is_numeric(value):
+        raise TypeError(f"expected {name} to be a real scalar; got {type(value).__name__}.")
+    shape, dtype = jnp.shape(value), dtype_of(value)
     if shape != ():
         raise ValueError(f"expected {name} to be a scalar; got shape {shape}. Reduce it over the micro-batch.")
     is_real = jnp.issubdtype(dtype, np.number) and not jnp.issubdtype(dtype, jnp.complexfloating)
     if not is_real and dtype != jnp.bool_:
         raise TypeError(f"expected {name} to be a real scalar; got dtype {dtype}.")
-    return jnp.asarray(value).astype(jnp.float32)
+    return jnp.asarray(value, jnp.float32)  # at once: an int32 in between would wrap
 
 
 def as_flag(name: str, value: Any) -> jax.Array:
     """`value` as a bool scalar; raises by `name` where it is none."""
-    if jnp.shape(value) != () or dtype_of(value) != jnp.bool_:
+    if not is_numeric(value) or jnp.shape(value) != () or dtype_of(value) != jnp.bool_:
         raise TypeError(f"expected {name} to be a bool scalar, traced or not; got {value!r}. A comparison makes one.")
     return jnp.asarray(value)
 

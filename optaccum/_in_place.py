@@ -37,7 +37,7 @@ def references(
 
 
 def why_not_in_place(
-    losses: Sequence[Traced], dtypes: Sequence[tuple[Any, Any]], run: Callable[[], Any]
+    losses: Sequence[Traced], dtypes: Sequence[tuple[Any, Any]], run: Callable[[PyTree], PyTree], operands: PyTree
 ) -> tuple[str, Exception | None]:
     """Why references cannot be used, and JAX's own error if it is that; empty where they can.
 
@@ -45,6 +45,7 @@ def why_not_in_place(
       losses: what is differentiated.
       dtypes: of each parameter and of its sum.
       run: the form with references.
+      operands: what it is run on.
     """
     for own, total in dtypes:
         if not np.can_cast(own, total):
@@ -56,7 +57,7 @@ def why_not_in_place(
         names = ", ".join(sorted(effects))
         return f"the loss has effects, or communicates over an axis of jax.vmap ({names})", None
     try:
-        jax.eval_shape(run)
+        jax.eval_shape(run, operands)
     except Exception as error:  # whatever the running JAX raises where it cannot pass references through
         return "this JAX cannot pass gradient references through the loss", error
     return "", None

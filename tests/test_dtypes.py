@@ -58,6 +58,23 @@ def test_accumulator_dtype_by_dtype_none_and_function():
         assert tuple(str(state.grad_sum[name].dtype) for name in "aci") == expected
 
 
+def test_a_function_of_the_leaf_may_not_truncate_gradients_and_a_key_has_none():
+    params = {"w": jnp.ones(2, jnp.bfloat16), "n": jnp.int32(3), "key": jax.random.key(0)}
+    for option in (None, lambda path, leaf: leaf.dtype, jnp.bfloat16):
+        tx = optaccum.accumulate(optax.sgd(0.5), 2, accumulator_dtype=option)
+        state = tx.init(params)
+        assert state.grad_sum["w"].dtype == jnp.bfloat16
+        for _ in range(2):
+            grads = jax.grad(lambda p: jnp.sum(p["w"] * 2), allow_int=True)(params)
+            params, state = optaccum.apply_gradients(tx, grads, state, params)
+        assert_trees_equal(params["key"], jax.random.key(0))
+        assert params["n"] == 3
+    assert params["w"].tolist() == [-2, -2]
+    narrow = optaccum.accumulate(optax.sgd(0.5), 2, accumulator_dtype=lambda path, leaf: jnp.int32)
+    with pytest.raises(ValueError, match=r"accumulator_dtype at \['w'\] to be a floating dtype; got int32"):
+        narrow.init(params)
+
+
 def test_leaves_without_a_gradient_stay_as_they_are():
     params = {"w": jnp.ones(2), "n": jnp.int32(16_777_217), "none": None, "masked": optax.MaskedNode()}
     grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2), allow_int=True)(params)

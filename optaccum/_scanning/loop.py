@@ -103,7 +103,8 @@ def choose_form(in_place: bool | None, loop: Loop, operands: Operands) -> bool:
     obstacle, cause = why_not_in_place(
         [loss.traced for loss in loop.losses],
         [(x.dtype, sum_of.dtype) for x, sum_of in zip(operands.diff, loop.sums_of, strict=True)],
-        functools.partial(_run, loop, operands, in_place=True, is_plain=False),
+        functools.partial(_run, loop, in_place=True, is_plain=False),
+        operands,
     )
     if obstacle and in_place:
         raise ValueError(

@@ -8,7 +8,7 @@ import optax
 from optaccum._dtypes import at_least_float32
 from optaccum._noise_scale import NoiseScaleState
 from optaccum._streaming.accumulate import options_of, start
-from optaccum._streaming.state import AccumulateState, add_to_total
+from optaccum._streaming.state import AccumulateState
 
 
 def from_multi_steps(tx: optax.GradientTransformation, state: optax.MultiStepsState) -> AccumulateState:
@@ -62,7 +62,8 @@ def from_multi_steps(tx: optax.GradientTransformation, state: optax.MultiStepsSt
         wide = total.astype(at_least_float32(zeros.dtype))
         return (wide * weight_sum.astype(wide.dtype) if options.use_grad_mean else wide).astype(zeros.dtype)
 
-    k = options.every_k if isinstance(options.every_k, int) else 0
+    emitted = gradient_step * (options.every_k if isinstance(options.every_k, int) else 0)
+    high = emitted.astype(jnp.float32)
     noise_state, skip_state = fresh.noise_state, fresh.skip_state
     if isinstance(noise_state, NoiseScaleState):  # NaN: the norms in the open window are not known
         noise_state = noise_state._replace(sq_norm_sum=jnp.full([], jnp.nan, jnp.float32))
@@ -74,7 +75,7 @@ def from_multi_steps(tx: optax.GradientTransformation, state: optax.MultiStepsSt
         has_updated=(micro_step == 0) & (gradient_step > 0),
         grad_sum=jax.tree.map(grad_sum, fresh.grad_sum, state.acc_grads),
         weight_sum=weight_sum,
-        weight_total=add_to_total(fresh.weight_total, (gradient_step * k).astype(jnp.float32)),
+        weight_total=jnp.stack([high, (emitted - high.astype(jnp.int32)).astype(jnp.float32)]),
         skip_state=skip_state,
         noise_state=noise_state,
     )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaccum._dtypes import is_numeric
 from optaccum._streaming.state import AccumulateState
 
 
@@ -132,7 +133,7 @@ def is_full(every_k: EveryK | None, micro_step: jax.Array, weight_sum: jax.Array
 
 def _number(value: Any, name: str) -> Any:
     """What a schedule's function returned; raises where it can be seen to be no real number."""
-    is_number = isinstance(value, (int, float, np.ndarray, np.generic, jax.Array)) and jnp.shape(value) == ()
+    is_number = is_numeric(value) and jnp.shape(value) == ()
     dtype = jnp.result_type(value) if is_number else jnp.complex64
     is_real = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
     if not is_real or (isinstance(value, float) and np.isnan(value)):

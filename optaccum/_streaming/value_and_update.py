@@ -15,7 +15,7 @@ from optaccum._dtypes import keep_sharding
 from optaccum._in_place import run_as, why_not_in_place
 from optaccum._loss import EXAMPLES, loss_terms, loss_value
 from optaccum._run_if import run_if
-from optaccum._streaming.accumulate import options_of
+from optaccum._streaming.accumulate import check_flag, options_of
 from optaccum._streaming.apply_gradients import apply_gradients
 from optaccum._streaming.gradients import gradient_like, gradients_like, moving, put_back
 from optaccum._streaming.state import AccumulateState, is_state
@@ -89,6 +89,7 @@ def value_and_update(
     """
     if not callable(loss_fn):
         raise TypeError(f"expected loss_fn to be a function; got {loss_fn!r}.")
+    check_flag("has_aux", has_aux)
     if in_place is not None and not isinstance(in_place, (bool, np.bool_)):
         raise TypeError(f"expected in_place to be True, False or None; got {in_place!r}.")
     options = options_of(tx)
@@ -178,7 +179,7 @@ def _add_in_some_form(
             fast, plain = (functools.partial(form, traced.call, scales) for form in (_add_in_place, _add))
             pairs = zip(jax.tree.leaves(operands.diff), jax.tree.leaves(operands.sums), strict=True)
             dtypes = [(x.dtype, total.dtype) for x, total in pairs]
-            obstacle, cause = why_not_in_place([traced], dtypes, lambda: fast(operands))
+            obstacle, cause = why_not_in_place([traced], dtypes, fast, operands)
             if not obstacle:
                 return run_as(fast, plain)(operands)
             if in_place:

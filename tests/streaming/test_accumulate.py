@@ -206,6 +206,8 @@ def test_it_is_found_in_what_it_is_composed_with_and_its_parameters_are_mapped()
         ({"should_skip_update_fn": True}, "skip_not_finite"),
         ({"accumulator_dtype": "no such dtype"}, "accumulator_dtype to be a dtype"),
         ({"accumulator_dtype": jnp.int32}, "floating"),
+        ({"use_grad_mean": "no"}, "use_grad_mean to be True or False; got 'no'"),
+        ({"track_noise_scale": 1}, "track_noise_scale to be True or False; got 1"),
     ],
 )
 def test_a_wrong_option_raises_where_it_is_made(kwargs, message):
@@ -225,6 +227,7 @@ def test_an_inner_that_is_not_a_transformation_raises():
         (GRADS[0], {"weight": jnp.ones(3)}, r"weight to be a scalar; got shape \(3,\)"),
         (GRADS[0], {"denominator": 1j}, "real scalar"),
         (GRADS[0], {"weight": "three"}, "real scalar"),
+        (GRADS[0], {"weight": [1.0]}, "weight to be a real scalar; got list"),
         ({"w": GRADS[0]["w"]}, {}, r"(?s)child keys\W+b\W+w\W.*a gradient for each"),
         (GRADS[0] | {"c": jnp.ones(2)}, {}, r"(?s)child keys\W+b\W+c\W+w\W.*those that have one"),
         (GRADS[0] | {"b": jnp.ones(3)}, {}, r"\['b'\] to have the state's shape \(2,\); got \(3,\)"),
@@ -233,6 +236,7 @@ def test_an_inner_that_is_not_a_transformation_raises():
         (GRADS[0] | {"b": jnp.ones(2, jnp.complex64)}, {}, r"\['b'\] to be real.*got complex64"),
         (GRADS[0], {"emit": 1}, "emit to be a bool scalar"),
         (GRADS[0], {"emit": jnp.ones(2, bool)}, "emit to be a bool scalar"),
+        (GRADS[0], {"emit": "yes"}, "emit to be a bool scalar"),
     ],
 )
 def test_what_does_not_fit_the_state_raises_and_names_it(grads, kwargs, message):

@@ -63,6 +63,14 @@ def test_its_types_are_those_of_a_fresh_state_and_it_says_whether_it_updated():
     assert jnp.isfinite(optaccum.noise_scale(ours).noise_scale)
 
 
+def test_the_weight_emitted_before_is_exact_past_2_to_the_24():
+    num_updates, k = 5_000_001, 7
+    theirs = optax.MultiSteps(optax.sgd(0.1), k).init(PARAMS)._replace(gradient_step=jnp.int32(num_updates))
+    state = optaccum.from_multi_steps(optaccum.accumulate(optax.sgd(0.1), k), theirs)
+    assert optaccum.weight_total(state) == num_updates * k
+    assert float(state.weight_total[0]) != num_updates * k  # one float32 word
+
+
 def test_a_skip_function_that_multi_steps_did_not_have_starts_afresh():
     tx = optaccum.accumulate(optax.sgd(0.1), 2, should_skip_update_fn=optax.skip_not_finite)
     state = optaccum.from_multi_steps(tx, optax.MultiSteps(optax.sgd(0.1), 2).init(PARAMS))

@@ -80,6 +80,29 @@ def test_on_an_explicit_mesh_what_is_kept_keeps_its_layout(name, in_one):
         assert_trees_equal(new_params["w"], PARAMS["w"])
 
 
+def test_value_and_update_adds_in_place_outside_jit_too():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    tx, params = optaccum.accumulate(optax.sgd(1.0), 2), jnp.ones((2, 8, 8))  # two layers
+
+    def loss_fn(params, x):
+        x, _ = jax.lax.scan(lambda x, w: (x @ jax.sharding.reshard(w, EVERYWHERE), None), x, params)
+        return jnp.sum(x)
+
+    def trained(params, **options):
+        step, state = optaccum.value_and_update(loss_fn, tx, **options), tx.init(params)
+        for weight in (1.0, 3.0):
+            _, params, state = step(params, state, jnp.ones(8), weight=weight)
+        return params, state
+
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(params, jax.P(None, "data"))
+        expected, actual = trained(sharded, in_place=False), trained(sharded, in_place=True)
+        assert layout(actual) == layout(expected) == [(None, "data", None)] * 2
+    assert_trees_close(actual, expected)
+    with pytest.raises(AssertionError):
+        assert_trees_close(actual[0], params)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sums_are_sharded_from_init_on_and_an_emit_gathers_nothing(kind):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))

@@ -122,6 +122,16 @@ def test_a_window_past_2_24_tokens_loses_none():
     assert float(state.weight_sum) != k * tokens  # one float32 word
 
 
+@pytest.mark.parametrize("int_type", [int, np.int64, np.uint32])
+def test_a_weight_past_int32_does_not_wrap(int_type):
+    tx = optaccum.accumulate(optax.identity(), 2)
+    _, state = tx.update(jnp.ones(2), tx.init(jnp.zeros(2)), weight=int_type(3_000_000_000))
+    updates, state = tx.update(jnp.full(2, 5.0), state, weight=int_type(1_000_000_000))
+    assert updates.tolist() == [2, 2]
+    assert optaccum.weight_total(state) == 4e9
+    assert jnp.asarray(np.int64(3_000_000_000)) < 0  # what JAX makes of it first
+
+
 def test_as_many_micro_batches_as_micro_steps():
     rows = (np.arange(2 * NUM_STEPS) % 17 - 8).astype(np.float32)
 

@@ -296,6 +296,8 @@ def test_wrong_options_raise_where_they_are_made():
         optaccum.value_and_update(3, TX)
     with pytest.raises(TypeError, match="in_place to be True, False or None"):
         optaccum.value_and_update(mean_loss, TX, in_place="yes")
+    with pytest.raises(TypeError, match="has_aux to be True or False; got 'no'"):
+        optaccum.value_and_update(mean_loss, TX, has_aux="no")
     plain = optax.sgd(0.1)
     with pytest.raises(TypeError, match="to take weight="):
         optaccum.value_and_update(mean_loss, plain)(PARAMS, plain.init(PARAMS), *BATCHES[0], weight=1.0)

@@ -186,7 +186,8 @@ def _whole_batch(
         if options.presplit:
             row_grads = [x.swapaxes(0, 1) for x in row_grads]
         grads = iter([*grads, *row_grads])
-        # Not None: JAX may unflatten one call's residuals by another's structure, where what is chosen differs.
+        # Not None: JAX would unflatten one call's residuals by another's structure, where what is chosen differs (of
+        # the kind of https://github.com/jax-ml/jax/issues/16614).
         grads = [next(grads) if c else jnp.bool_(False) for c in (*chosen, *of_rows)]
         return (value, reductions.merge_aux(aux, rows)), grads
 

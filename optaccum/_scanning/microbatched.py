@@ -206,10 +206,10 @@ def _whole_batch(
             return None, None, None
         pairs = zip(grads, own_dtypes, strict=True)
         scaled = [None if g.dtype == jnp.bool_ else (g * scale).astype(dtype) for g, dtype in pairs]
-        return scaled[: len(shared)], structure.unflatten(scaled[len(shared) :]), None
+        return scaled[:num_shared], structure.unflatten(scaled[num_shared:]), None
 
     shared, (rows, structure) = [*call.diff, *closed], jax.tree.flatten(call.batch)
-    own_dtypes = [x.dtype for x in (*shared, *rows)]
+    own_dtypes, num_shared = [x.dtype for x in (*shared, *rows)], len(shared)  # `backward` outlives the tracers
     value_of.defvjp(forward, backward, symbolic_zeros=True)
     return value_of(shared, call.batch, call._replace(diff=(), batch=()))
 
@@ -226,16 +226,17 @@ def _look(
 
     That may be differentiated too, and is the same for micro-batches of each size. `call.diff` is all of the rest.
     """
-    found = []
+    found = []  # not the loss before it was traced, which holds tracers
 
     def one_device(groups, call):
         diff = call.diff if placement is None else gather(call.diff, placement, dtypes)
-        found[:] = trace_loss(loss_fn, options, layout, groups, lambda diff: call._replace(diff=(), rest=diff), diff)
+        traced = trace_loss(loss_fn, options, layout, groups, lambda diff: call._replace(diff=(), rest=diff), diff)
+        found[:] = traced[1:]
         return (jnp.float32(0), (), [], ()), ()
 
     bare = placement and placement.of_gradients([False] * len(call.diff))
     jax.eval_shape(functools.partial(divide_batch, one_device, options, bare), call)
-    _, losses, consts = found
+    losses, consts = found
     closed = list({id(x): x for own in consts for x in own}.values())
     where = [[next(i for i, y in enumerate(closed) if y is x) for x in own] for own in consts]
     return [_of_shared(loss, at, len(call.diff)) for loss, at in zip(losses, where, strict=True)], closed

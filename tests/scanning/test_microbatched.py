@@ -275,6 +275,23 @@ def test_calls_that_are_differentiated_by_other_arguments_stay_apart(transform):
         assert_trees_close(actual, jax.grad(swapped)(second), rtol=1e-2)
 
 
+@pytest.mark.parametrize("data_axes", [None, "data"])
+def test_no_tracer_leaks(data_axes):
+    def value(params, scale):
+        def loss_fn(params, batch):
+            return scale * mean_loss(params, batch), batch["mask"]
+
+        loss = optaccum.microbatched(loss_fn, num_microbatches=2, has_aux=True, data_axes=data_axes)
+        return loss(params, {"x": BATCH["x"][:4], "mask": BATCH["mask"][:4]})[0]
+
+    leaked = []
+    with jax.checking_leaks(), jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AUTO,))):
+        jax.block_until_ready(jax.jit(jax.grad(value))(PARAMS, 2.0))
+        jax.block_until_ready(jax.jit(value)(PARAMS, 2.0))
+        with pytest.raises(Exception, match=r"[Ll]eaked"):
+            jax.jit(lambda x: leaked.append(x) or x)(1.0)
+
+
 def test_forward_mode_is_told_the_way_out():
     loss = optaccum.microbatched(mean_loss, num_microbatches=3)
     with pytest.raises(TypeError, match="forward-mode") as info:

@@ -8,7 +8,8 @@ import jax
 from flax import nnx
 
 import optaccum
-from optaccum._scanning.call import Roles, as_indices, check_function, make_roles, resolve_roles
+from optaccum._functions import check_function
+from optaccum._scanning.call import Roles, as_indices, make_roles, resolve_roles
 from optaccum._scanning.data_axes import as_axes
 
 _APPENDED = 2  # positional arguments that the pure form has after the user's: the graph and the carried state
@@ -34,8 +35,10 @@ def value_and_grad(
     NNX object among the arguments, threads through the micro-batches in order, and the objects are updated with what
     the last one leaves, as NNX users expect of a call. What the loss sows (`nnx.Intermediate`) ends in the objects as
     the same leaves in aux would come back, in place of what was sown before the call. Python attributes that the loss
-    sets are not kept: keep what changes in an `nnx.Variable`. With `data_axes`, the floating state that the loss
-    changes is averaged over the devices, each device draws from its own keys, and counts advance as they would without.
+    sets are not kept: keep what changes in an `nnx.Variable`. Nor is what it writes into what is differentiated (as
+    `nnx.WeightNorm` does): every micro-batch gets the call's parameters. With `data_axes`, the floating state that
+    the loss changes is averaged over the devices, each device draws from its own keys, and counts advance as they would
+    without.
 
     Args:
       loss_fn: (model, batch, ...) -> loss, or (loss, aux) with `has_aux`; losses and aux as for

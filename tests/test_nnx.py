@@ -102,6 +102,23 @@ def test_weighted_mean_is_the_whole_batchs():
     assert abs(wrong - expected_loss) > 1e-3 * abs(expected_loss)
 
 
+def test_what_the_loss_writes_into_what_is_differentiated_is_not_kept():
+    """As `nnx.WeightNorm` writes the kernel that it has normalised."""
+
+    def writing(model, x):
+        loss = jnp.mean(model(x) ** 2)
+        model.kernel[...] *= 2.0
+        return loss
+
+    model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (8, 4))
+    kernel = jnp.copy(model.kernel[...])
+    expected = nnx.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2))(model, x)
+    chex.assert_trees_all_close(optaccum.nnx.value_and_grad(writing, num_microbatches=4)(model, x), expected, rtol=1e-5)
+    assert (model.kernel[...] == kernel).all()
+    nnx.value_and_grad(writing)(model, x)
+    assert (model.kernel[...] == 2 * kernel).all()
+
+
 def test_a_dropped_micro_batch_leaves_the_models_state_alone():
     x = inputs().at[1].set(jnp.nan)  # in micro-batch 1 of 4
     model = Model(nnx.Rngs(0))

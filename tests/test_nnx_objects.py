@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -129,3 +130,20 @@ def test_the_core_sends_nnx_objects_here(make):
     state = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     grads = optaccum.grad(lambda s, x: jnp.mean(x * s["kernel"][...].sum()), num_microbatches=2)(state, jnp.ones(4))
     assert grads["kernel"][...].tolist() == [[1.0, 1.0], [1.0, 1.0]]  # a State is a pytree like another
+
+
+@pytest.mark.parametrize("maybe_jit", [jax.jit, lambda step: step])
+def test_so_does_streaming(maybe_jit):
+    """There the statistics of a BatchNorm would stay, and every call would draw the same numbers."""
+    model, tx = nnx.BatchNorm(4, rngs=nnx.Rngs(0)), optaccum.accumulate(optax.sgd(1.0), 1)
+    graphdef, state = nnx.split(model)
+
+    def loss_fn(params, x, *args):
+        return jnp.mean((params if isinstance(params, nnx.BatchNorm) else nnx.merge(graphdef, params))(x))
+
+    step = maybe_jit(optaccum.value_and_update(loss_fn, tx))
+    for params, args in ((model, ()), (state, (nnx.Rngs(0),))):
+        with pytest.raises(TypeError, match=r"NNX object, (BatchNorm|Rngs).*optaccum\.nnx"):
+            step(params, tx.init(params), X, *args)
+    _, moved, _ = step(state, tx.init(state), X)  # a State is a pytree like another
+    assert moved["bias"][...].tolist() == pytest.approx([-1 / 4] * 4)

@@ -1,13 +1,14 @@
 """One call's arguments, each by its role."""
 
 import functools
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from optaccum._functions import check_no_nnx_objects
 
 PyTree = Any
 
@@ -70,12 +71,6 @@ def make_roles(
     )
 
 
-def check_function(fn: Any, name: str) -> None:
-    """Raises for what cannot be called."""
-    if not callable(fn):
-        raise TypeError(f"expected {name} to be a function; got {fn!r}.")
-
-
 def split_call(roles: Roles, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Layout]:
     """Sorts a call's arguments by role.
 
@@ -84,7 +79,7 @@ def split_call(roles: Roles, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
       TypeError: where an argument is not what its role takes, or can be neither traced nor looked up.
     """
     roles = resolve_roles(roles, len(args))
-    _check_no_nnx_objects(args, kwargs)
+    check_no_nnx_objects((args, kwargs))
     by_role = {*roles.diff, *roles.batch, roles.key, roles.carry, roles.limit}
     others = [None if i in by_role else arg for i, arg in enumerate(args)]
     leaves, structure = jax.tree.flatten((others, kwargs))
@@ -209,21 +204,3 @@ def _raise_unhashable(args: list[Any], kwargs: dict[str, Any]) -> None:
                     f"expected {name}{jax.tree_util.keystr(path)} to be an array, or hashable, for a program to be "
                     f"looked up by; got {type(leaf).__name__}. Close over it (functools.partial), or make it hashable."
                 ) from error
-
-
-def _check_no_nnx_objects(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises for objects whose state would stay as it is: the same dropout mask in every micro-batch and call."""
-    if (nnx := sys.modules.get("flax.nnx")) is None:
-        return
-
-    def is_object(x):
-        return isinstance(x, nnx.Pytree | nnx.Variable) and not isinstance(x, nnx.State)
-
-    def is_leaf(x):
-        return is_object(x) or isinstance(x, nnx.State)
-
-    for x in filter(is_object, jax.tree.leaves((args, kwargs), is_leaf=is_leaf)):
-        raise TypeError(
-            f"expected arrays among the arguments; got an NNX object, {type(x).__name__}, whose state stays. "
-            "optaccum.nnx.value_and_grad takes it; or pass a JAX key, named with key_argnum, and states from nnx.split."
-        )

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optaccum._functions import check_function
 from optaccum._scanning import reductions
 from optaccum._scanning.call import (
     Call,
     Layout,
-    check_function,
     fold_in,
     join_call,
     make_roles,

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from optaccum._dtypes import AccumulatorDType, check_accumulator_dtype
-from optaccum._scanning.call import Roles, check_function, make_roles
+from optaccum._functions import check_function
+from optaccum._scanning.call import Roles, make_roles
 from optaccum._scanning.data_axes import as_axes
 from optaccum._scanning.sharded import check_gather_dtype, check_specs
 from optaccum._scanning.split import check_positive_int, check_split_options

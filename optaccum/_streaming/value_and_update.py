@@ -12,6 +12,7 @@ import optax
 from jax import lax
 
 from optaccum._dtypes import keep_sharding
+from optaccum._functions import check_function, check_no_nnx_objects
 from optaccum._in_place import run_as, why_not_in_place
 from optaccum._loss import EXAMPLES, loss_terms, loss_value
 from optaccum._run_if import run_if
@@ -72,7 +73,8 @@ def value_and_update(
       `averaged_extra_args` names "value" and none is given, it is the loss.
 
     Raises:
-      TypeError: a loss with several denominators, or with one beside `weight` or `denominator`; as `apply_gradients`.
+      TypeError: a loss with several denominators, or with one beside `weight` or `denominator`; an NNX object, whose
+        state would stay; as `apply_gradients`.
       ValueError: `in_place=True` where it cannot be.
 
     Example:
@@ -87,8 +89,7 @@ def value_and_update(
       >>> round(float(params), 3)
       -2.667
     """
-    if not callable(loss_fn):
-        raise TypeError(f"expected loss_fn to be a function; got {loss_fn!r}.")
+    check_function(loss_fn, "loss_fn")
     check_flag("has_aux", has_aux)
     if in_place is not None and not isinstance(in_place, (bool, np.bool_)):
         raise TypeError(f"expected in_place to be True, False or None; got {in_place!r}.")
@@ -98,6 +99,7 @@ def value_and_update(
         raise _not_in_place(obstacle)
 
     def step(params, state, *args, weight=None, denominator=None, emit=None, **extra_args):
+        check_no_nnx_objects((params, args))
         given = Given(weight, denominator, emit, extra_args)
 
         def total_and_rest(params):

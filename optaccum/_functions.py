@@ -1,0 +1,31 @@
+"""What a user's function may be, and what it may be called with."""
+
+import sys
+from typing import Any
+
+import jax
+
+
+def check_function(fn: Any, name: str) -> None:
+    """Raises for what cannot be called."""
+    if not callable(fn):
+        raise TypeError(f"expected {name} to be a function; got {fn!r}.")
+
+
+def check_no_nnx_objects(args: Any) -> None:
+    """Raises for objects whose state would stay as it is: the same dropout mask in every micro-batch and call."""
+    if (nnx := sys.modules.get("flax.nnx")) is None:
+        return
+
+    def is_object(x):
+        return isinstance(x, nnx.Pytree | nnx.Variable) and not isinstance(x, nnx.State)
+
+    def is_leaf(x):
+        return is_object(x) or isinstance(x, nnx.State)
+
+    for x in filter(is_object, jax.tree.leaves(args, is_leaf=is_leaf)):
+        raise TypeError(
+            f"expected arrays among the arguments; got an NNX object, {type(x).__name__}, whose state stays. "
+            "optaccum.nnx takes it (value_and_grad, apply_gradients); or pass states from nnx.split, and a JAX key, in "
+            "scanned functions named with key_argnum."
+        )

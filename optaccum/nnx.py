@@ -1,14 +1,14 @@
 """NNX in its own form: `flax.nnx.value_and_grad` over micro-batches, and `nnx.Optimizer.update` in place."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
 import optaccum
-from optaccum._functions import check_function
+from optaccum._checks import check_flag, check_function
 from optaccum._scanning.call import Roles, as_indices, make_roles, resolve_roles
 from optaccum._scanning.data_axes import as_axes
 
@@ -72,7 +72,8 @@ def value_and_grad(
     if "carry_argnum" in options:
         raise TypeError("expected no carry_argnum: the objects' own state is what is carried.")
     check_function(loss_fn, "loss_fn")
-    filters, one_argnum = _filters(argnums), isinstance(argnums, int | nnx.DiffState)
+    check_flag(has_aux, "has_aux")
+    filters, one_argnum = _filters(argnums), not isinstance(argnums, Iterable)
     roles = make_roles(tuple(filters), batch_argnums, key_argnum, count_argnum=count_argnum)
     data_axes = as_axes(options.get("data_axes"))
 
@@ -177,7 +178,7 @@ def apply_gradients(
 
 def _filters(argnums: Any) -> dict[int, Callable[..., bool]]:
     """What to differentiate of each argument, as a function of (path in the object, Variable)."""
-    argnums = (argnums,) if isinstance(argnums, int | nnx.DiffState) else tuple(argnums)
+    argnums = tuple(argnums) if isinstance(argnums, Iterable) else (argnums,)
     states = [x if isinstance(x, nnx.DiffState) else nnx.DiffState(x, nnx.Param) for x in argnums]
     indices = as_indices([state.argnum for state in states], "argnums")
     resolve_roles(Roles(indices, batch=()))

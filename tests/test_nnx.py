@@ -185,6 +185,7 @@ def test_the_loss_function_is_traced_for_the_first_call_alone():
     [
         ({"carry_argnum": 2}, TypeError, "carry"),
         ({}, ValueError, "num_microbatches"),
+        ({"has_aux": "yes"}, TypeError, "has_aux to be True or False; got 'yes'"),
     ],
 )
 def test_mistakes_are_named_where_they_are_made(options, error, match):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import assert_trees_close, assert_trees_equal
 from flax import nnx
@@ -33,6 +34,7 @@ def loss_fn(x, model, towers, scale):
     "argnums",
     [
         1,
+        np.int64(1),
         [1],
         (2, 1),
         nnx.DiffState(1, KERNEL),
@@ -42,7 +44,8 @@ def loss_fn(x, model, towers, scale):
     ids=str,
 )
 def test_differentiates_any_arguments(argnums):
-    from_the_front = (3, 2) if argnums == (-1, -2) else argnums
+    plain = int(argnums) if isinstance(argnums, np.int64) else argnums  # NNX takes ints alone
+    from_the_front = (3, 2) if plain == (-1, -2) else plain
     (loss, h), grads = nnx.value_and_grad(loss_fn, argnums=from_the_front, has_aux=True)(*arguments())
     grad_fn = optaccum.nnx.value_and_grad(loss_fn, argnums=argnums, batch_argnums=0, has_aux=True, num_microbatches=N)
     args = arguments()
@@ -204,6 +207,8 @@ def test_variables_that_the_loss_takes_away_are_named_with_the_way_out():
         ("model", TypeError, "argnums to be an int"),
         (nnx.DiffState("model", KERNEL), TypeError, "argnums to be an int"),
         ((), TypeError, "argnums to be an int"),
+        (None, TypeError, "argnums to be an int"),
+        (nnx.Param, TypeError, "argnums to be an int"),
     ],
     ids=str,
 )

@@ -1,6 +1,7 @@
 """One call's arguments, each by its role."""
 
 import functools
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._functions import check_no_nnx_objects
+from optaccum._checks import check_no_nnx_objects
 
 PyTree = Any
 
@@ -45,12 +46,14 @@ class Layout(NamedTuple):
 
 def as_indices(argnums: int | Sequence[int], name: str, *, one: bool = False) -> tuple[int, ...]:
     """An int, or unless it is to be `one` a sequence of ints, as a tuple."""
-    indices: tuple[Any, ...] = tuple(argnums) if isinstance(argnums, Iterable) and not one else (argnums,)
-    # (An array has __index__, whatever is in it.)
-    if not indices or any(isinstance(i, bool | Iterable) or not hasattr(i, "__index__") for i in indices):
-        kinds = "an int" if one else "an int or a non-empty sequence of ints"
-        raise TypeError(f"expected {name} to be {kinds}; got {argnums!r}.")
-    return tuple(int(i) for i in indices)
+    try:
+        indices: tuple[Any, ...] = tuple(argnums) if isinstance(argnums, Iterable) and not one else (argnums,)
+        if indices and not any(isinstance(i, bool | Iterable) for i in indices):  # an array may be an index as well
+            return tuple(map(operator.index, indices))
+    except TypeError:
+        pass
+    kinds = "an int" if one else "an int or a non-empty sequence of ints"
+    raise TypeError(f"expected {name} to be {kinds}; got {argnums!r}.")
 
 
 def make_roles(

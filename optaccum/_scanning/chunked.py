@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaccum._functions import check_function
+from optaccum._checks import check_function
 from optaccum._scanning import reductions
 from optaccum._scanning.call import (
     Call,

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from optaccum._checks import check_flag, check_function
 from optaccum._dtypes import AccumulatorDType, check_accumulator_dtype
-from optaccum._functions import check_function
 from optaccum._scanning.call import Roles, make_roles
 from optaccum._scanning.data_axes import as_axes
 from optaccum._scanning.sharded import check_gather_dtype, check_specs
@@ -42,17 +42,9 @@ def make_options(given: dict[str, Any]) -> Options:
     """
     given = dict(given)
     check_function(given.pop("loss_fn"), "loss_fn")
-    for name in (
-        "has_aux",
-        "skip_nonfinite",
-        "presplit",
-        "shard_sums",
-        "return_info",
-        "track_noise_scale",
-        "in_place",
-    ):
-        if not isinstance(given[name], bool) and not (name == "in_place" and given[name] is None):
-            raise TypeError(f"expected {name} to be True or False; got {given[name]!r}.")
+    for name in ("has_aux", "skip_nonfinite", "presplit", "shard_sums", "return_info", "track_noise_scale"):
+        given[name] = check_flag(given[name], name)
+    given["in_place"] = check_flag(given["in_place"], "in_place", or_none=True)
     names = ("argnums", "batch_argnums", "key_argnum", "carry_argnum", "count_argnum")
     argnums = {name: given.pop(name) for name in names}
     if given["grad_reduction_fn"] is not None:

@@ -6,15 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from optaccum._dtypes import (
-    AccumulatorDType,
-    accumulator_dtype_of,
-    check_accumulator_dtype,
-    is_numeric,
-)
+from optaccum._checks import check_flag
+from optaccum._dtypes import AccumulatorDType, accumulator_dtype_of, check_accumulator_dtype, is_numeric
 from optaccum._noise_scale import init_noise_state
 from optaccum._streaming.schedule import ByWeight, UntilWeight, check_every_k
 from optaccum._streaming.skip import call_skip_fn
@@ -97,11 +92,11 @@ def accumulate(
     options = Options(
         inner=optax.with_extra_args_support(_checked_inner(inner)),
         every_k=check_every_k(every_k_schedule),
-        use_grad_mean=check_flag("use_grad_mean", use_grad_mean),
+        use_grad_mean=check_flag(use_grad_mean, "use_grad_mean"),
         accumulator_dtype=check_accumulator_dtype(accumulator_dtype),
         should_skip_update_fn=_checked_callable("should_skip_update_fn", should_skip_update_fn),
         averaged_extra_args=_checked_names(averaged_extra_args),
-        track_noise_scale=check_flag("track_noise_scale", track_noise_scale),
+        track_noise_scale=check_flag(track_noise_scale, "track_noise_scale"),
     )
     return optax.GradientTransformationExtraArgs(functools.partial(_init, options), functools.partial(_update, options))
 
@@ -164,13 +159,6 @@ def _update(
     """One micro-step: zero updates, or the inner optimizer's at the end of the window."""
     state, full = enter(options, updates, state, params, Given(weight, denominator, emit, extra_args))
     return close(options, state, full, updates, params, extra_args, in_place=False)
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """`value`, as Python's bool; raises where it is none."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"expected {name} to be True or False; got {value!r}.")
-    return bool(value)
 
 
 def _checked_inner(inner: Any) -> Any:

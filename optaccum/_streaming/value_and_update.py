@@ -7,16 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
+from optaccum._checks import check_flag, check_function, check_no_nnx_objects
 from optaccum._dtypes import keep_sharding
-from optaccum._functions import check_function, check_no_nnx_objects
 from optaccum._in_place import run_as, why_not_in_place
 from optaccum._loss import EXAMPLES, loss_terms, loss_value
 from optaccum._run_if import run_if
-from optaccum._streaming.accumulate import check_flag, options_of
+from optaccum._streaming.accumulate import options_of
 from optaccum._streaming.apply_gradients import apply_gradients
 from optaccum._streaming.gradients import gradient_like, gradients_like, moving, put_back
 from optaccum._streaming.state import AccumulateState, is_state
@@ -90,9 +89,8 @@ def value_and_update(
       -2.667
     """
     check_function(loss_fn, "loss_fn")
-    check_flag("has_aux", has_aux)
-    if in_place is not None and not isinstance(in_place, (bool, np.bool_)):
-        raise TypeError(f"expected in_place to be True, False or None; got {in_place!r}.")
+    check_flag(has_aux, "has_aux")
+    check_flag(in_place, "in_place", or_none=True)
     options = options_of(tx)
     obstacle = _why_gradient_is_needed(options)
     if obstacle and in_place:

@@ -1,15 +1,27 @@
-"""What a user's function may be, and what it may be called with."""
+"""Checks of what a user hands over."""
 
 import sys
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def check_function(fn: Any, name: str) -> None:
     """Raises for what cannot be called."""
     if not callable(fn):
         raise TypeError(f"expected {name} to be a function; got {fn!r}.")
+
+
+def check_flag(value: Any, name: str, *, or_none: bool = False) -> Any:
+    """`value`, as Python's bool; raises where it is none."""
+    if or_none and value is None:
+        return None
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(
+            f"expected {name} to be {'True, False or None' if or_none else 'True or False'}; got {value!r}."
+        )
+    return bool(value)
 
 
 def check_no_nnx_objects(args: Any) -> None:

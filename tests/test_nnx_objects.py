@@ -147,3 +147,18 @@ def test_so_does_streaming(maybe_jit):
             step(params, tx.init(params), X, *args)
     _, moved, _ = step(state, tx.init(state), X)  # a State is a pytree like another
     assert moved["bias"][...].tolist() == pytest.approx([-1 / 4] * 4)
+
+
+@pytest.mark.parametrize("matters", [False, True])
+def test_verify_takes_a_split_model(matters):
+    """Its loss may write to the state that it carries, as it may under value_and_grad."""
+    graphdef, params, rest = nnx.split(nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0)), nnx.Param, ...)
+
+    def loss_fn(params, x, rest):
+        model = nnx.merge(graphdef, params, rest)
+        loss = jnp.mean(model(x) ** 2)
+        model.mean[...] += 1.0 if matters else 0.0
+        return loss, (nnx.state(model, nnx.BatchStat), ())
+
+    report = optaccum.verify(loss_fn, params, X, rest, num_microbatches=4, has_aux=True, carry_argnum=2)
+    assert report.ok is not matters

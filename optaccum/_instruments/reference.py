@@ -197,7 +197,8 @@ def make_reference(loss_fn: Callable[..., Any], options: Options, args: tuple[An
     call = call._replace(diff=diff)
 
     def loss(call):
-        args, kwargs = join_call(layout, call)
+        # Rebuilt where it is used: an NNX Variable can be written to in no other trace than that which made it.
+        args, kwargs = join_call(layout, jax.tree.map(lambda x: x, call))
         return unpack(loss_fn(*args, **kwargs), options)
 
     loop = make_loop(loss, options, mesh, options.data_axes)

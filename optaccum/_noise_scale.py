@@ -167,7 +167,7 @@ def noise_scale(opt_state: Any) -> NoiseScale:
             "expected a state of a transformation made by optaccum.accumulate(..., track_noise_scale=True); got "
             f"{type(opt_state).__name__} without one."
         )
-    corrected = [[average / s.averages_weight for average in s.averages] for s in states]
+    corrected = [[jnp.divide(average, s.averages_weight) for average in s.averages] for s in states]
     sq_norm, variance = (functools.reduce(jnp.add, parts) for parts in zip(*corrected, strict=True))
     return NoiseScale(variance / sq_norm, sq_norm, variance)
 

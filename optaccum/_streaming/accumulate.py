@@ -89,12 +89,18 @@ def accumulate(
       >>> params.tolist()
       [-2.0, -3.0]
     """
+    check_transformation(inner, "inner")
+    if should_skip_update_fn is not None and not callable(should_skip_update_fn):
+        raise TypeError(
+            "expected should_skip_update_fn to be a function such as optax.skip_not_finite, or None; got "
+            f"{should_skip_update_fn!r}."
+        )
     options = Options(
-        inner=optax.with_extra_args_support(_checked_inner(inner)),
+        inner=optax.with_extra_args_support(inner),
         every_k=check_every_k(every_k_schedule),
         use_grad_mean=check_flag(use_grad_mean, "use_grad_mean"),
         accumulator_dtype=check_accumulator_dtype(accumulator_dtype),
-        should_skip_update_fn=_checked_callable("should_skip_update_fn", should_skip_update_fn),
+        should_skip_update_fn=should_skip_update_fn,
         averaged_extra_args=_checked_names(averaged_extra_args),
         track_noise_scale=check_flag(track_noise_scale, "track_noise_scale"),
     )
@@ -161,18 +167,12 @@ def _update(
     return close(options, state, full, updates, params, extra_args, in_place=False)
 
 
-def _checked_inner(inner: Any) -> Any:
-    if not callable(getattr(inner, "init", None)) or not callable(getattr(inner, "update", None)):
+def check_transformation(tx: Any, name: str) -> None:
+    """Raises for what does not update as Optax's transformations do."""
+    if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
         raise TypeError(
-            f"expected inner to be an optax.GradientTransformation, such as optax.adamw(1e-3); got {inner!r}."
+            f"expected {name} to be an optax.GradientTransformation, such as optax.adamw(1e-3); got {tx!r}."
         )
-    return inner
-
-
-def _checked_callable(name: str, fn: Any) -> Any:
-    if fn is not None and not callable(fn):
-        raise TypeError(f"expected {name} to be a function such as optax.skip_not_finite, or None; got {fn!r}.")
-    return fn
 
 
 def _checked_names(names: Any) -> tuple[str, ...]:

@@ -123,7 +123,7 @@ def is_full(every_k: EveryK | None, micro_step: jax.Array, weight_sum: jax.Array
     if isinstance(every_k, UntilWeight):
         weight = every_k.weight
         enough = _number(weight(state.gradient_step), "weight") if callable(weight) else weight
-        return ~(weight_sum < enough)  # so that a NaN ends the window, too
+        return ~(weight_sum < jnp.asarray(enough, jnp.float32))  # so that a NaN ends the window, too
     by_weight = isinstance(every_k, ByWeight)
     k = _number(every_k.fn(state.weight_total[0]) if by_weight else every_k(state.gradient_step), "k")
     if isinstance(k, (int, np.integer)):

@@ -11,12 +11,9 @@ from jax import lax
 from optaccum._dtypes import keep_avals
 from optaccum._streaming.state import ADVICE, AccumulateState
 
-SkipFn = Callable[..., Any]
-"""(grads, gradient_step, params) -> (whether to drop them, a pytree to keep)."""
-
 
 def should_skip(
-    skip_fn: SkipFn | None,
+    skip_fn: Callable[..., Any] | None,
     grads: optax.Updates,
     weight: jax.Array | None,
     state: AccumulateState,
@@ -31,7 +28,7 @@ def should_skip(
     return skip, keep_avals(skip_state, state.skip_state, "what should_skip_update_fn returns", ADVICE)
 
 
-def call_skip_fn(skip_fn: SkipFn, *args: Any) -> tuple[jax.Array, Any]:
+def call_skip_fn(skip_fn: Callable[..., Any], *args: Any) -> tuple[jax.Array, Any]:
     """Whether to drop, and the pytree to keep; raises for a function that does not decide."""
     returned = (_skip_not_finite if skip_fn is optax.skip_not_finite else skip_fn)(*args)
     if isinstance(returned, tuple) and len(returned) == 2:

@@ -15,7 +15,7 @@ from optaccum._dtypes import keep_sharding
 from optaccum._in_place import run_as, why_not_in_place
 from optaccum._loss import EXAMPLES, loss_terms, loss_value
 from optaccum._run_if import run_if
-from optaccum._streaming.accumulate import options_of
+from optaccum._streaming.accumulate import check_transformation, options_of
 from optaccum._streaming.apply_gradients import apply_gradients
 from optaccum._streaming.gradients import gradient_like, gradients_like, moving, put_back
 from optaccum._streaming.state import AccumulateState, is_state
@@ -72,8 +72,8 @@ def value_and_update(
       `averaged_extra_args` names "value" and none is given, it is the loss.
 
     Raises:
-      TypeError: a loss with several denominators, or with one beside `weight` or `denominator`; an NNX object, whose
-        state would stay; as `apply_gradients`.
+      TypeError: an argument of the wrong type; a loss with several denominators, or with one beside `weight` or
+        `denominator`; an NNX object, whose state would stay; as `apply_gradients`.
       ValueError: `in_place=True` where it cannot be.
 
     Example:
@@ -89,6 +89,7 @@ def value_and_update(
       -2.667
     """
     check_function(loss_fn, "loss_fn")
+    check_transformation(tx, "tx")
     check_flag(has_aux, "has_aux")
     check_flag(in_place, "in_place", or_none=True)
     options = options_of(tx)

@@ -185,9 +185,8 @@ def _unless(skip: jax.Array | None, new: Any, old: jax.Array) -> jax.Array:
 
 def _averaged(name: str, extra_args: dict[str, Any]) -> jax.Array:
     if extra_args.get(name) is None:
-        raise TypeError(
-            f"expected a scalar {name}= at every call, since averaged_extra_args names it; got {sorted(extra_args)}."
-        )
+        given = sorted(other for other, value in extra_args.items() if value is not None)
+        raise TypeError(f"expected a scalar {name}= at every call, since averaged_extra_args names it; got {given}.")
     return as_scalar(name, extra_args[name])
 
 

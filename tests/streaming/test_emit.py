@@ -111,6 +111,15 @@ def test_the_weight_may_follow_the_updates():
     assert emitted(states) == [False, True, False, False, False, True]
 
 
+def test_the_weight_may_be_past_int32():
+    for weight in (4_000_000_000, lambda gradient_step: 4_000_000_000):
+        tx = optaccum.accumulate(optax.identity(), optaccum.until_weight(weight))
+        _, states = run(tx, GRADS[:4], weight=(2_000_000_000,) * 4)
+        assert emitted(states) == [False, True, False, True]
+    _, states = run(tx, GRADS[:2], weight=(2_000_000_000, 1_999_000_000))
+    assert emitted(states) == [False, False]
+
+
 def test_what_is_skipped_brings_no_weight():
     tx = optaccum.accumulate(optax.identity(), optaccum.until_weight(4), should_skip_update_fn=optax.skip_not_finite)
     _, states = run(tx, [GRADS[0], BAD, GRADS[1]], weight=(2, 9, 2))

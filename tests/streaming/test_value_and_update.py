@@ -296,6 +296,8 @@ def test_wrong_options_raise_where_they_are_made():
         optaccum.value_and_update(3, TX)
     with pytest.raises(TypeError, match="in_place to be True, False or None"):
         optaccum.value_and_update(mean_loss, TX, in_place="yes")
+    with pytest.raises(TypeError, match=r"tx to be an optax\.GradientTransformation"):
+        optaccum.value_and_update(mean_loss, optax.sgd)
     with pytest.raises(TypeError, match="has_aux to be True or False; got 'no'"):
         optaccum.value_and_update(mean_loss, TX, has_aux="no")
     plain = optax.sgd(0.1)

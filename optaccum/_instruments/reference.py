@@ -205,7 +205,9 @@ def make_reference(loss_fn: Callable[..., Any], options: Options, args: tuple[An
     if options.presplit:
         n, _ = num_and_size_of(call.batch)
         batches = [jax.tree.map(lambda x, i=i: x[i], call.batch) for i in range(n)]
-        expected = loop.results_of(call, batches, None if options.roles.limit is None else int(call.limit))
+        counted = options.roles.limit is not None
+        call = call._replace(limit=jnp.minimum(call.limit, n)) if counted else call
+        expected = loop.results_of(call, batches, int(call.limit) if counted else None)
         jaxpr = loop.step.trace(True, *loop.args(call, batches[0])).jaxpr
         return Reference(loop, call, n, str(jaxpr), expected, frozenset(expected))
 

@@ -31,7 +31,7 @@ class Call(NamedTuple):
     batch: tuple[PyTree, ...]
     key: PyTree
     carry: PyTree
-    limit: PyTree  # shape=(), int32: of the micro-batches to run
+    limit: PyTree  # shape=(), int32, >= 0: of the micro-batches to run
     rest: list[jax.Array | float]  # the arrays among the other positional and the keyword arguments
 
 
@@ -189,7 +189,7 @@ def _as_count(x: Any) -> jax.Array:
     count = jnp.asarray(x)
     if count.shape != () or not jnp.issubdtype(count.dtype, jnp.integer):
         raise TypeError(f"expected an integer scalar at count_argnum; got shape {count.shape} and dtype {count.dtype}.")
-    return count.astype(jnp.int32)
+    return jnp.clip(count, 0, min(jnp.iinfo(count.dtype).max, jnp.iinfo(jnp.int32).max)).astype(jnp.int32)
 
 
 def _strongly_typed(x: jax.Array) -> jax.Array:

@@ -215,7 +215,7 @@ def _each_micro_batch(
 
         def call(diff, micro_batch, index, carry, loss=loss, consts=consts):
             call_loss = loop.call_loss or functools.partial(loss.traced.call, consts)
-            return loss.wrap(*call_loss(diff, micro_batch, operands.key, index, carry))
+            return loss.wrap(*call_loss(diff, micro_batch, operands.key, operands.limit, index, carry))
 
         def body(state, i, group=group, call=call, first=first):
             return step(call, group, state, first + i, group.take(i))

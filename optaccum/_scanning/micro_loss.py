@@ -20,7 +20,7 @@ PyTree = Any
 class MicroLoss(NamedTuple):
     """The loss on the micro-batches of one group, traced."""
 
-    traced: Traced  # (diff, micro-batch, key, index, carry) -> (terms, carry, aux)
+    traced: Traced  # (diff, micro-batch, key, limit, index, carry) -> (terms, carry, aux)
     wrap: Callable[..., tuple[Terms, PyTree, PyTree]]  # of these three, the same with each leaf of aux in a wrapper
     structs: tuple[Terms, PyTree, PyTree]  # of what `wrap` returns
 
@@ -48,19 +48,20 @@ def trace_loss(
     """
     num_rows = max(group.size for group in groups)
 
-    def call_loss(diff, micro_batch, key, index, carry):
+    def call_loss(diff, micro_batch, key, limit, index, carry):
         """(terms, new carry, aux) of a micro-batch; a plain scalar weighs 1 for the largest."""
         key = fold_in(key, index)
         if options.data_axes:
             key = fold_in(key, lax.axis_index(options.data_axes))
-        call = with_diff(diff)._replace(batch=micro_batch, key=key, carry=jax.tree.map(stop_gradient, carry))
+        carry = jax.tree.map(stop_gradient, carry)
+        call = with_diff(diff)._replace(batch=micro_batch, key=key, carry=carry, limit=limit)
         args, kwargs = join_call(layout, call)
         loss, carry, aux = unpack(loss_fn(*args, **kwargs), options)
         return loss_terms(loss, batch_size_of(micro_batch) / num_rows), carry, aux
 
     call = with_diff(diff)
     key, carry = call.key, call.carry
-    rest = (key, jnp.int32(0), carry)
+    rest = (key, call.limit, jnp.int32(0), carry)
     micro_batches = [group.take(0) for group in groups]
     pairs = [trace(call_loss, diff, micro_batch, *rest) for micro_batch in micro_batches]
     reductions.check_one_shape([traced.structs[2] for traced, _ in pairs])

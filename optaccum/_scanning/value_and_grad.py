@@ -78,7 +78,7 @@ def value_and_grad(
       presplit: the micro-batches are the caller's: leaves of the batch have shape (n, size, ...), for rows that
         belong together or are packed. Bare arrays of aux then come back stacked, (n, ...).
       count_argnum: with `presplit`, an int scalar: only the first `count` micro-batches run, in time proportional to
-        it, with one program for every count.
+        it, with one program for every count. The loss sees it clipped to [0, n].
       param_specs: `jax.sharding.PartitionSpec`s, a prefix of the differentiated arguments: how these are sharded over
         `data_axes`, and over other axes. None: as concrete arrays and Explicit meshes show; inside `jax.jit` on an
         Auto mesh nothing does, and parameters count as replicated.

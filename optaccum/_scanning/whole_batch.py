@@ -160,7 +160,7 @@ def run_window(
     closure may stay.
     """
     losses, groups = loop.losses, operands.groups
-    limit = None if options.roles.limit is None else jnp.clip(operands.limit, 0, groups[0].count)
+    limit = None if options.roles.limit is None else jnp.clip(operands.limit, max=groups[0].count)
     operands = operands._replace(limit=limit)
     in_place = bool(operands.diff) and choose_form(options.in_place, loop, operands)
     if len(losses[0].structs[0]) > 1:

@@ -36,6 +36,26 @@ def rows(count, batch=BATCH):
     return jax.tree.map(lambda x: x[:count].reshape(-1, *x.shape[2:]), batch)
 
 
+@pytest.mark.parametrize("count", [-3, 0, 2, 9, np.int8(3), np.uint8(200), np.uint32(2**32 - 1)])
+def test_the_loss_sees_the_count_as_it_was_clipped(count):
+    runs = min(max(int(count), 0), N)
+
+    def loss_fn(params, batch, count):
+        return mean_loss(params, batch) * (count - 5)
+
+    def whole(params):
+        return mean_loss(params, rows(runs)) * (runs - 5) if runs else 0.0 * params["b"]
+
+    expected, options = jax.value_and_grad(whole)(PARAMS), {"presplit": True, "count_argnum": 2}
+    loss = optaccum.microbatched(loss_fn, **options)
+    for value_and_grad in (optaccum.value_and_grad(loss_fn, **options), jax.value_and_grad(loss)):
+        assert_trees_close(value_and_grad(PARAMS, BATCH, count), expected, rtol=1e-5, atol=1e-6)
+    assert optaccum.verify(loss_fn, PARAMS, BATCH, count, **options).ok
+    if runs:
+        with pytest.raises(AssertionError):
+            assert_trees_close(jax.grad(loss)(PARAMS, BATCH, runs - 1), expected[1], rtol=1e-3)
+
+
 @pytest.mark.parametrize("in_place", [None, False])
 @pytest.mark.parametrize("name", LOSSES)
 def test_one_program_for_every_count(name, in_place):

@@ -129,6 +129,8 @@ def _combine(kept: np.ndarray, presplit: bool, x: Any) -> Any:
     if isinstance(x, Stack):
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x.value)
     if is_wrapper(x):
+        if not kept.any():  # of nothing there is no maximum, and no last
+            return jax.tree.map(lambda leaf: np.zeros(leaf.shape[2:]), x.value)
         return jax.tree.map(lambda leaf: _REDUCTIONS[type(x)](leaf[kept], axis=0), x.value)
     if x.ndim == 2:
         return x[kept].mean()
@@ -213,14 +215,15 @@ def make_reference(loss_fn: Callable[..., Any], options: Options, args: tuple[An
 
     rows = batch_size_of(call.batch) // loop.num_devices
     n = resolve_num_microbatches(rows, options.num_microbatches, options.microbatch_size)
-    whole = make_loop(loss, options, mesh, ())
+    at_once = options._replace(skip_nonfinite=False)  # of one that is dropped nothing is left to compare with
+    whole = make_loop(loss, at_once, mesh, ())
     try:
         traced = whole.step.trace(True, *whole.args(call, call.batch))
-    except Exception as error:
-        # It names a data axis, or JAX finds no layout on an Explicit mesh (an exception whose type is not public).
-        if not options.data_axes or type(error).__name__ not in ("NameError", "ShardingTypeError"):
+    except Exception:  # it names a data axis, say, or a mesh; or JAX finds no layout on an Explicit one
+        if not options.data_axes:
             raise
-        whole, traced = loop, loop.step.trace(True, *loop.args(call, call.batch))
+        whole = make_loop(loss, at_once, mesh, options.data_axes)
+        traced = whole.step.trace(True, *whole.args(call, call.batch))
     expected = whole.results_of(call, [call.batch])
     reference = Reference(whole, call, n, str(traced.jaxpr), expected, frozenset())
     _, (_, aux, _) = traced.out_info

@@ -187,6 +187,27 @@ def test_what_is_dropped_is_dropped_in_the_loop_too():
     assert optaccum.verify(loss_fn, params, batch, batch["y"][3, 0], **options).ok
 
 
+def with_largest(params, batch, _=None):
+    return mean_loss(params, batch), {"largest": optaccum.Max(batch["y"].max()), "last": optaccum.Last(batch["y"])}
+
+
+def test_a_whole_batch_that_is_dropped_says_so():
+    params, batch = problem()
+    options = {"num_microbatches": 4, "has_aux": True, "skip_nonfinite": True}
+    assert optaccum.verify(with_largest, params, batch, **options).ok
+    report = optaccum.verify(with_largest, params, {**batch, "y": batch["y"].at[3].set(jnp.nan)}, **options)
+    assert report.cause.startswith("not finite: the whole batch's own")
+
+
+def test_where_no_micro_batch_runs():
+    params, batch = problem()
+    options = {"presplit": True, "has_aux": True, "count_argnum": 2}
+    report = optaccum.verify(with_largest, params, presplit(batch, 4), 0, **options)
+    assert np.isnan(report.leaves.pop("aux['largest']"))  # of nothing there is none
+    assert set(report.leaves.values()) == {0.0}
+    assert max(optaccum.verify(with_largest, params, presplit(batch, 4), 1, **options).leaves.values()) <= report.rtol
+
+
 @jax.custom_vjp
 def observed(x, largest):
     """x; the gradient of the second argument is the largest |x|."""
@@ -299,6 +320,26 @@ def test_zero_gradients_agree_and_a_leaf_that_should_be_zero_does_not():
     x = jnp.arange(8.0)
     assert optaccum.verify(lambda p, x: 0 * p["a"] + x.mean(), params, x, num_microbatches=2).ok
     assert optaccum.verify(loss_fn, params, x, num_microbatches=4).leaves["['unused']"] > 1
+
+
+def test_parameters_that_fit_the_data_are_no_alarm():
+    """Then all that is left of the gradient is how the outputs were rounded, in one micro-batch so, in another so."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(B, D)), jnp.float32)
+    w = jnp.arange(1.0, D + 1)
+    y = x @ w
+
+    def loss_fn(w, batch, total=jnp.mean):
+        x, y = batch
+        rounded = 3e-7 * jnp.abs(y).max() * (1 if len(y) == B else -1)
+        return total(jnp.square(x @ w - y + rounded))
+
+    accumulated = optaccum.grad(loss_fn, num_microbatches=4)(w, (x, y))
+    assert jnp.linalg.norm(accumulated - jax.grad(loss_fn)(w, (x, y))) > 0.5 * jnp.linalg.norm(accumulated)
+    report = optaccum.verify(loss_fn, w, (x, y), num_microbatches=4)
+    assert report.ok, str(report)
+    report = optaccum.verify(functools.partial(loss_fn, total=jnp.sum), 1.001 * w, (x, y), num_microbatches=4)
+    assert not report.ok
+    assert report.cause.startswith("the loss is a sum")
 
 
 def test_what_is_not_finite_fails():

@@ -39,6 +39,11 @@ def mean_by_name(params, batch):
     return mean_loss(params, batch) + 0 * index
 
 
+def mean_on_the_mesh(params, batch):
+    """Names no axis, but needs a mesh."""
+    return mean_loss(jax.sharding.reshard(params, P()), batch)
+
+
 def weighted_by_name(params, batch):
     """The mean over all devices' rows by their weights."""
     weight = jnp.where(batch["y"] > 0, 1, 0.2)
@@ -47,9 +52,13 @@ def weighted_by_name(params, batch):
 
 @pytest.mark.parametrize(
     ("axis_type", "loss_fn", "ok"),
-    [(AxisType.Auto, weighted_by_name, False), (AxisType.Explicit, mean_by_name, True)],
+    [
+        (AxisType.Auto, weighted_by_name, False),
+        (AxisType.Explicit, mean_by_name, True),
+        (AxisType.Explicit, mean_on_the_mesh, True),
+    ],
 )
-def test_a_loss_with_collectives_by_name(axis_type, loss_fn, ok):
+def test_a_loss_that_only_runs_across_devices(axis_type, loss_fn, ok):
     _, params, batch = on_mesh(axis_type, *problem())
     report = optaccum.verify(loss_fn, params, batch, num_microbatches=4, data_axes=("data",))
     assert report.ok == ok, str(report)

@@ -84,7 +84,7 @@ def explain(errors: dict[str, float], tolerance: float, reference: Reference, ca
     The carry is as the last micro-batch left it; the resolution is what rounding may do to the loss, absolute.
     """
     if any(map(math.isnan, errors.values())):
-        is_finite = all(np.isfinite(x).all() for x in reference.expected.values())
+        is_finite = all(np.isfinite(reference.expected[path]).all() for path in errors if math.isnan(errors[path]))
         return _PART_NOT_FINITE if is_finite else _WHOLE_NOT_FINITE
     of_loss = {path for path, error in errors.items() if error > tolerance and not is_beside(path)}
     if of_loss <= reference.in_loop:

@@ -129,8 +129,8 @@ def _combine(kept: np.ndarray, presplit: bool, x: Any) -> Any:
     if isinstance(x, Stack):
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x.value)
     if is_wrapper(x):
-        if not kept.any():  # of nothing there is no maximum, and no last
-            return jax.tree.map(lambda leaf: np.zeros(leaf.shape[2:]), x.value)
+        if not kept.any() and not isinstance(x, Sum):  # of nothing there is no maximum, and Last is zeros
+            return jax.tree.map(lambda leaf: np.zeros(leaf.shape[2:]), x.value) if isinstance(x, Last) else None
         return jax.tree.map(lambda leaf: _REDUCTIONS[type(x)](leaf[kept], axis=0), x.value)
     if x.ndim == 2:
         return x[kept].mean()

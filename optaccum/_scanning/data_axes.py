@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optaccum._dtypes import at_least_float32
 from optaccum._scanning.call import Roles, split_call
-from optaccum._scanning.split import batch_size_of, num_and_size_of
+from optaccum._scanning.split import batch_size_of, names_of, num_and_size_of
 
 PyTree = Any
 
@@ -155,11 +155,6 @@ def place_args(args: PyTree, specs: PyTree, mesh: Any, axes: tuple[str, ...]) ->
         return isinstance(x, PartitionSpec)
 
     return jax.tree.map(lambda spec, tree: jax.tree.map(lambda x: place(spec, x), tree), specs, args, is_leaf=is_spec)
-
-
-def names_of(entry: Any) -> tuple[str, ...]:
-    """The mesh axes in one entry of a PartitionSpec."""
-    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def psum(tree: PyTree, axes: tuple[str, ...]) -> PyTree:

@@ -17,7 +17,8 @@ from jax.core import Tracer
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optaccum._scanning.data_axes import in_float32, names_of, sharding_of
+from optaccum._scanning.data_axes import in_float32, sharding_of
+from optaccum._scanning.split import names_of
 
 PyTree = Any
 Names = tuple[str, ...]
@@ -113,15 +114,14 @@ class Placement(NamedTuple):
         return self._replace(grads=grads, specs=specs)
 
 
-def check_specs(specs: Any, name: str) -> Any:
-    """A pytree of PartitionSpecs; raises for what is none."""
+def check_specs(specs: Any, name: str) -> None:
+    """Raises for what is no pytree of PartitionSpecs."""
     for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec):
         if not _is_spec(spec):
             raise TypeError(
                 f"expected {name} to be a jax.sharding.PartitionSpec or a pytree of them; got {type(spec).__name__} "
                 f"at {name}{jax.tree_util.keystr(path)}. Of a NamedSharding pass its spec."
             )
-    return specs
 
 
 def check_gather_dtype(gather_dtype: Any) -> None:

@@ -6,6 +6,7 @@ them.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -154,6 +155,11 @@ def join(stacks: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate([even, longer[:, rows]])
 
 
+def names_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
 def _explicit_spec(x: jax.Array) -> tuple[Any, list[Any]] | None:
     """The mesh and the full list of partitions of an array whose type carries its sharding."""
     sharding = jax.typeof(x).sharding
@@ -175,14 +181,8 @@ def _unshard_if_uneven(x: jax.Array, n: int) -> jax.Array:
     if (explicit := _explicit_spec(x)) is None:
         return x
     mesh, (batch_axes, *_) = explicit
-    if batch_axes is None:
-        return x
-    devices = 1
-    for name in batch_axes if isinstance(batch_axes, tuple) else (batch_axes,):
-        devices *= mesh.shape[name]
-    if x.shape[0] % (devices * n) == 0:
-        return x
-    return unshard_rows(x)
+    num_devices = math.prod(mesh.shape[name] for name in names_of(batch_axes))
+    return unshard_rows(x) if x.shape[0] % (num_devices * n) else x
 
 
 def _to_columns(x: jax.Array, n: int) -> jax.Array:

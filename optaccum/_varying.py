@@ -7,6 +7,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 PyTree = Any
 
@@ -40,12 +41,19 @@ def vary_like(tree: PyTree, structs: PyTree) -> PyTree:
     return jax.tree.map(cast, tree, structs)
 
 
-def zeros_of(structs: PyTree) -> PyTree:
-    """Zeros for what `jax.eval_shape` returned, with its sharding and its varying axes."""
+def zeros_of(structs: PyTree, beside: PyTree = ()) -> PyTree:
+    """Zeros for what `jax.eval_shape` returned, with its sharding and its varying axes.
+
+    Outside `jax.jit` and `jax.set_mesh` its sharding names no devices: they are those of the arrays `beside` it.
+    """
+    arrays = [x for x in jax.tree.leaves(beside) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
+    meshes = [x.sharding.mesh for x in arrays if any(jax.typeof(x).sharding.spec)]
 
     def zeros(s):
         if jnp.issubdtype(s.dtype, jax.dtypes.prng_key):
             return jnp.zeros_like(s)
+        if meshes and jax.sharding.get_abstract_mesh().empty:
+            return jnp.zeros(s.shape, s.dtype, device=NamedSharding(meshes[0], s.sharding.spec))
         return jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding)
 
     return vary_like(jax.tree.map(zeros, structs), structs)

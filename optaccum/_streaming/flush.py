@@ -108,4 +108,4 @@ def _by_a_call(
 
     is_open = functools.reduce(jnp.logical_or, [s.micro_step > 0 for s in states_in(state)])
     state = jax.tree.map(not_updated, state, is_leaf=is_state)
-    return run_if(is_open, end_once, (zeros_of(traced.structs[0]), state))
+    return run_if(is_open, end_once, (zeros_of(traced.structs[0], params), state))

@@ -128,6 +128,8 @@ def is_full(every_k: EveryK | None, micro_step: jax.Array, weight_sum: jax.Array
     k = _number(every_k.fn(state.weight_total[0]) if by_weight else every_k(state.gradient_step), "k")
     if isinstance(k, (int, np.integer)):
         check_every_k(k)
+    if jnp.issubdtype(jnp.result_type(k), jnp.floating):
+        return ~(micro_step.astype(jnp.float32) < jnp.asarray(k, jnp.float32))
     return ~(micro_step < k)
 
 

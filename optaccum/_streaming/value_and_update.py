@@ -13,12 +13,12 @@ from jax import lax
 from optaccum._checks import check_flag, check_function, check_no_nnx_objects
 from optaccum._dtypes import keep_sharding
 from optaccum._in_place import run_as, why_not_in_place
-from optaccum._loss import EXAMPLES, loss_terms, loss_value
+from optaccum._loss import EXAMPLES, loss_terms, loss_value, ratio
 from optaccum._run_if import run_if
 from optaccum._streaming.accumulate import check_transformation, options_of
 from optaccum._streaming.apply_gradients import apply_gradients
 from optaccum._streaming.gradients import gradient_like, gradients_like, moving, put_back
-from optaccum._streaming.state import AccumulateState, is_state
+from optaccum._streaming.state import AccumulateState, is_state, states_in
 from optaccum._streaming.window import Given, Options, add_count, added, check_state, close, weigh
 from optaccum._trace import trace
 
@@ -133,6 +133,8 @@ def _by_a_gradient(
     counts = weight if weight is not None else denominator
     zeros = jax.tree.map(jnp.zeros_like, diff)
     grads = backward(()) if counts is None else run_if(jnp.asarray(counts) != 0, backward, zeros)
+    if rest.weight is not None and not states_in(state):  # which nothing in `tx` takes
+        grads, denominator = jax.tree.map(lambda g: ratio(g, denominator).astype(g.dtype), grads), None
     weighed: Any = {"weight": weight, "denominator": denominator, "emit": emit}
     return *apply_gradients(tx, put_back(grads, likes), state, params, **weighed, **extra_args), rest
 

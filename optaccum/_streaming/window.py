@@ -229,7 +229,7 @@ def close(
             noise_state = close_terms(noise_state, state.grad_sum, state.weight_sum, options.use_grad_mean)
         return new, inner_state, noise_state
 
-    target = moving(grads, params) if in_place else zeros_of(updates_like)
+    target = moving(grads, params) if in_place else zeros_of(updates_like, state.grad_sum)
     target, inner_state, noise_state = run_if(emits, emit, (target, state.inner_state, state.noise_state))
     # A weight that is not finite ends with its window, as a gradient does.
     counts = emits & jnp.isfinite(state.weight_sum)

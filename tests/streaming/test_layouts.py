@@ -80,6 +80,24 @@ def test_on_an_explicit_mesh_what_is_kept_keeps_its_layout(name, in_one):
         assert_trees_equal(new_params["w"], PARAMS["w"])
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_outside_jit_and_without_a_mesh_set_updates_are_laid_out_as_the_parameters(inside):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    tx = optax.chain(tx_of(skip=False), optax.scale(2.0)) if inside else tx_of(skip=False)
+
+    def results(params, grads):
+        zeros, state = tx.update(grads[0], tx.init(params), params)
+        updates, _ = tx.update(grads[1], state, params)
+        return [zeros, updates, *(optaccum.flush(tx, s, params)[0] for s in (state, tx.init(params)))]
+
+    params, grads = put(mesh, PARAMS, SHARDED), put(mesh, GRADS, SHARDED)
+    actual = results(params, grads)
+    assert layout(actual) == [("data", None)] * 4
+    assert_trees_close(actual, results(PARAMS, GRADS), rtol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_trees_close(actual[0], actual[1])
+
+
 def test_value_and_update_adds_in_place_outside_jit_too():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     tx, params = optaccum.accumulate(optax.sgd(1.0), 2), jnp.ones((2, 8, 8))  # two layers

@@ -1,5 +1,6 @@
 """How many micro-steps a window takes: a number, or what a schedule says."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -14,6 +15,17 @@ def test_k_follows_the_updates_so_far():
     tx = optaccum.accumulate(optax.identity(), lambda step: jnp.where(step < 2, 1, 3))
     _, states = run(tx, GRADS)
     assert [bool(s.has_updated) for s in states] == [True, True, False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+def test_k_may_be_a_float_whatever_may_be_promoted(dtype):
+    def emitted(k):
+        tx = optaccum.accumulate(optax.identity(), lambda step: jnp.asarray(k, dtype))
+        return [bool(s.has_updated) for s in run(tx, GRADS[:4])[1]]
+
+    with jax.numpy_dtype_promotion("strict"):
+        assert emitted(1.5) == emitted(2) == [False, True, False, True]
+        assert emitted(2.5) == [False, False, True, False]
 
 
 def test_k_follows_the_weight_emitted_so_far():

@@ -101,6 +101,17 @@ def test_a_weighted_mean_brings_its_denominator(in_place):
         assert_trees_close(params, means, rtol=1e-4, atol=1e-6)
 
 
+def test_a_weighted_mean_is_a_mean_to_an_optimizer_that_takes_no_denominator():
+    tx, params = optax.sgd(0.1), {name: x for name, x in PARAMS.items() if name != "count"}
+    trained = [
+        optaccum.value_and_update(loss_fn, tx)(params, tx.init(params), *BATCHES[0])
+        for loss_fn in (weighted_loss, mean_loss, summed_loss)
+    ]
+    assert_trees_close(trained[0], trained[1], rtol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_trees_close(trained[0][1], trained[2][1], rtol=1e-5)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("form", ["weight", "WeightedMean"])
 def test_a_zero_weight_adds_nothing_of_a_nan(form, in_place):

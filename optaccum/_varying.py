@@ -47,7 +47,9 @@ def zeros_of(structs: PyTree, beside: PyTree = ()) -> PyTree:
     Outside `jax.jit` and `jax.set_mesh` its sharding names no devices: they are those of the arrays `beside` it.
     """
     arrays = [x for x in jax.tree.leaves(beside) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
-    meshes = [x.sharding.mesh for x in arrays if any(jax.typeof(x).sharding.spec)]
+    meshes = [
+        x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding) and any(jax.typeof(x).sharding.spec)
+    ]
 
     def zeros(s):
         if jnp.issubdtype(s.dtype, jax.dtypes.prng_key):

@@ -133,8 +133,8 @@ def _by_a_gradient(
     counts = weight if weight is not None else denominator
     zeros = jax.tree.map(jnp.zeros_like, diff)
     grads = backward(()) if counts is None else run_if(jnp.asarray(counts) != 0, backward, zeros)
-    if rest.weight is not None and not states_in(state):  # which nothing in `tx` takes
-        grads, denominator = jax.tree.map(lambda g: ratio(g, denominator).astype(g.dtype), grads), None
+    if (own := rest.weight) is not None and not states_in(state):  # which nothing in `tx` takes
+        grads, denominator = jax.tree.map(lambda g: ratio(g, own).astype(g.dtype), grads), None
     weighed: Any = {"weight": weight, "denominator": denominator, "emit": emit}
     return *apply_gradients(tx, put_back(grads, likes), state, params, **weighed, **extra_args), rest
 

@@ -216,14 +216,18 @@ def make_reference(loss_fn: Callable[..., Any], options: Options, args: tuple[An
     rows = batch_size_of(call.batch) // loop.num_devices
     n = resolve_num_microbatches(rows, options.num_microbatches, options.microbatch_size)
     at_once = options._replace(skip_nonfinite=False)  # of one that is dropped nothing is left to compare with
-    whole = make_loop(loss, at_once, mesh, ())
-    try:
-        traced = whole.step.trace(True, *whole.args(call, call.batch))
-    except Exception:  # it names a data axis, say, or a mesh; or JAX finds no layout on an Explicit one
-        if not options.data_axes:
-            raise
-        whole = make_loop(loss, at_once, mesh, options.data_axes)
-        traced = whole.step.trace(True, *whole.args(call, call.batch))
+    # JAX may find no layout for rows that are spread over an Explicit mesh; the loss may name a data axis.
+    for is_spread, axes in (True, ()), (False, ()), (True, options.data_axes):
+        batch = call.batch if is_spread else take_rows(call.batch, np.arange(batch_size_of(call.batch)))
+        whole = make_loop(loss, at_once, mesh, axes)
+        try:
+            traced = whole.step.trace(True, *whole.args(call, batch))
+            break
+        except Exception as error:
+            reason = error
+    else:
+        raise reason
+    call = call._replace(batch=batch)
     expected = whole.results_of(call, [call.batch])
     reference = Reference(whole, call, n, str(traced.jaxpr), expected, frozenset())
     _, (_, aux, _) = traced.out_info

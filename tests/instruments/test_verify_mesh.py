@@ -65,6 +65,24 @@ def test_a_loss_that_only_runs_across_devices(axis_type, loss_fn, ok):
     assert ("unequal weights" in report.cause) != ok
 
 
+def looked_up(table, batch, wrong):
+    """A look-up of sharded rows, for which JAX finds no layout on an Explicit mesh, and a weight for each."""
+    each = jnp.square(table[batch["token"]]).sum(1) * batch["weight"]
+    if wrong:
+        return each.sum() / batch["weight"].sum()
+    return optaccum.WeightedMean(each.sum(), batch["weight"].sum())
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_whole_batch_on_an_explicit_mesh_is_that_of_all_devices(wrong):
+    table = jnp.linspace(-1, 2, 24).reshape(8, 3)
+    batch = {"token": jnp.arange(B) * 3 % 8, "weight": jnp.arange(B) % 5 + 1.0}
+    _, table, batch = on_mesh(AxisType.Explicit, table, batch)
+    report = optaccum.verify(looked_up, table, batch, wrong, num_microbatches=4, data_axes="data")
+    assert report.ok != wrong, str(report)
+    assert ("unequal weights" in report.cause) == wrong
+
+
 def test_parameters_that_are_not_on_the_explicit_mesh():
     """JAX then finds no layout for the whole batch's gradient."""
     _, _, x = on_mesh(AxisType.Explicit, (), jnp.arange(32.0).reshape(8, 4))

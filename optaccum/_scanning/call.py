@@ -57,11 +57,7 @@ def as_indices(argnums: int | Sequence[int], name: str, *, one: bool = False) ->
 
 
 def make_roles(
-    argnums: Any,
-    batch_argnums: Any,
-    key_argnum: Any = None,
-    carry_argnum: Any = None,
-    count_argnum: Any = None,
+    argnums: Any, batch_argnums: Any, key_argnum: Any = None, carry_argnum: Any = None, count_argnum: Any = None
 ) -> Roles:
     """The roles that these options give; raises for what is no index, or has two roles already. `...`: nothing is."""
     rest = {"key_argnum": key_argnum, "carry_argnum": carry_argnum, "count_argnum": count_argnum}

@@ -10,21 +10,9 @@ from jax import lax
 
 from optaccum._checks import check_function
 from optaccum._scanning import reductions
-from optaccum._scanning.call import (
-    Call,
-    Layout,
-    fold_in,
-    join_call,
-    make_roles,
-)
+from optaccum._scanning.call import Call, Layout, fold_in, join_call, make_roles
 from optaccum._scanning.data_axes import as_axes, compile_call, over_devices, psum
-from optaccum._scanning.split import (
-    Group,
-    batch_size_of,
-    check_split_options,
-    resolve_num_microbatches,
-    split,
-)
+from optaccum._scanning.split import Group, batch_size_of, check_split_options, resolve_num_microbatches, split
 from optaccum._varying import zeros_of
 
 PyTree = Any

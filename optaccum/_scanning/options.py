@@ -59,12 +59,7 @@ def make_options(given: dict[str, Any]) -> Options:
     options = Options(
         roles=make_roles(**argnums),
         one_argnum=not isinstance(argnums["argnums"], Iterable),
-        **given
-        | {
-            "num_microbatches": sizes[0],
-            "microbatch_size": sizes[1],
-            "data_axes": as_axes(given["data_axes"]),
-        },
+        **given | {"num_microbatches": sizes[0], "microbatch_size": sizes[1], "data_axes": as_axes(given["data_axes"])},
     )
     _check_together(options)
     return options

@@ -15,27 +15,11 @@ from optaccum._run_if import run_if
 from optaccum._scanning import reductions
 from optaccum._scanning.call import Call, Layout
 from optaccum._scanning.data_axes import carry_across, over_devices, pmax, psum
-from optaccum._scanning.loop import (
-    Loop,
-    Operands,
-    Outputs,
-    SumOf,
-    Sums,
-    choose_form,
-    run_loop,
-    sum_weights,
-)
+from optaccum._scanning.loop import Loop, Operands, Outputs, SumOf, Sums, choose_form, run_loop, sum_weights
 from optaccum._scanning.micro_loss import as_it_came, stop_gradient, trace_loss
 from optaccum._scanning.options import Options
 from optaccum._scanning.sharded import Placement, gather, settle
-from optaccum._scanning.split import (
-    Group,
-    batch_size_of,
-    join,
-    num_and_size_of,
-    resolve_num_microbatches,
-    split,
-)
+from optaccum._scanning.split import Group, batch_size_of, join, num_and_size_of, resolve_num_microbatches, split
 from optaccum._varying import vary, varying_axes
 
 PyTree = Any
@@ -119,12 +103,7 @@ def divide_batch(
 
 
 def _one_device(
-    loss_fn: Callable[..., Any],
-    options: Options,
-    layout: Layout,
-    sums_of: list[SumOf],
-    groups: list[Group],
-    call: Call,
+    loss_fn: Callable[..., Any], options: Options, layout: Layout, sums_of: list[SumOf], groups: list[Group], call: Call
 ) -> tuple[tuple[jax.Array, PyTree, list[jax.Array], Info], PyTree]:
     """`run_window` with one device's rows."""
     leaves, structure = jax.tree.flatten(call.diff)

@@ -6,17 +6,15 @@ import re
 from collections import Counter
 from typing import NamedTuple, Protocol
 
-_COLLECTIVES = frozenset(
-    {
-        "all-gather",
-        "all-reduce",
-        "all-to-all",
-        "collective-broadcast",
-        "collective-permute",
-        "ragged-all-to-all",
-        "reduce-scatter",
-    }
-)
+_COLLECTIVES = {
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+}
 
 # Quoted text (metadata, backend configurations) may name anything; comments count a long tuple's elements.
 _QUOTED_OR_COMMENT = re.compile(r'"(?:[^"\\]|\\.)*"|/\*.*?\*/')
@@ -103,8 +101,7 @@ def count_collectives(compiled: _Program | str) -> CollectiveCounts:
 
     Returns:
       A NamedTuple `(in_loops, outside, bytes_in_loops, bytes_outside)` of dicts from HLO collective name ("all-reduce",
-      "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast").
-      They hold the names that occur, and give 0 for the others.
+      "all-gather", ...), which hold the names that occur and give 0 for the others.
 
     Raises:
       TypeError: `compiled` is neither a string nor has `as_text()`.
@@ -155,9 +152,7 @@ def _program_text(compiled: _Program | str) -> str:
         )
     text = compiled.as_text()
     if text is None:
-        raise ValueError(
-            "expected compiled to have a text; got none. This backend keeps it to itself: compile for another."
-        )
+        raise ValueError("expected compiled to have a text; got none from this backend. Compile for another.")
     return text
 
 
@@ -177,8 +172,7 @@ def _computations(text: str) -> tuple[_Computations, str]:
             if match is None:
                 raise ValueError(f"expected an HLO instruction; got {plain[:120]!r}. Is the text cut short?")
             root, result, type_, opcode, operands, attributes = match.groups()
-            instruction = _Instruction(type_, opcode, _NAME.findall(operands), attributes)
-            computations[name].instructions[result] = instruction
+            computations[name].instructions[result] = _Instruction(type_, opcode, _NAME.findall(operands), attributes)
             if root:
                 computations[name].root.append(result)
     if not entry:

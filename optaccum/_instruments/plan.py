@@ -74,9 +74,8 @@ def plan_microbatches(
       on_probe: called with each `(num_microbatches, bytes)` pair as soon as it is known.
 
     Returns:
-      A NamedTuple with `num_microbatches`, `microbatch_size`, `probes` (a tuple of `(num_microbatches, bytes)` pairs in
-      the order of compilation; infinite bytes where the compiler gave up with RESOURCE_EXHAUSTED) and `memory_limit`.
-      `str()` of it is a table.
+      A NamedTuple with `num_microbatches`, `microbatch_size`, `probes` (those pairs, in order of compilation; infinite
+      bytes where the compiler gave up with RESOURCE_EXHAUSTED) and `memory_limit`; `str()` of it is a table.
 
     Raises:
       ValueError: nothing fits (the message gives the smallest need found), the device's limit is unknown and
@@ -96,7 +95,7 @@ def plan_microbatches(
       (4, 16)
     """
     check_positive_int(batch_size, "batch_size")
-    sizes = _divisors(int(batch_size))
+    sizes = [size for size in range(1, int(batch_size) + 1) if batch_size % size == 0]
     limit = _limit(memory_limit, args)
     needs: dict[int, int | float] = {}  # micro-batch size -> the bytes of its program
     probes: list[Probe] = []
@@ -135,9 +134,7 @@ def _compiled_need(step: Callable[..., Any], args: Sequence[Any]) -> int | float
             raise
         return math.inf
     if memory is None:
-        raise ValueError(
-            "expected the backend to analyse its programs' memory; got None. Nothing can be planned on this one."
-        )
+        raise ValueError("expected the backend to analyse its programs' memory; got None. Plan on another backend.")
     fixed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.temp_size_in_bytes + fixed
 
@@ -162,9 +159,7 @@ def _device_limit(args: Sequence[Any]) -> int:
     stats = [_memory_stats(device) for device in devices or jax.local_devices()[:1]]
     limits = [stat["bytes_limit"] for stat in stats if "bytes_limit" in stat]
     if not limits:
-        raise ValueError(
-            "expected memory_limit to be given, in bytes on each device: these devices do not say theirs; got None."
-        )
+        raise ValueError("expected memory_limit to be given in bytes, as these devices do not say theirs; got None.")
     return min(limits)
 
 
@@ -173,11 +168,6 @@ def _memory_stats(device: Any) -> dict[str, int]:
         return device.memory_stats() or {}
     except jax.errors.JaxRuntimeError:  # of a device that is only compiled for
         return {}
-
-
-def _divisors(number: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
 
 
 def _nothing_fits(probes: Sequence[Probe], limit: int) -> str:

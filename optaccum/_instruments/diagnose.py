@@ -19,8 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optaccum._instruments.reference import Loop, Reference, is_beside, take_rows
-from optaccum._scanning.call import Call
+from optaccum._instruments.reference import Reference, is_beside, take_rows
 from optaccum._scanning.split import batch_size_of
 
 _MAX_PAIRS = 8  # of parts that are mixed
@@ -90,40 +89,36 @@ def explain(errors: dict[str, float], tolerance: float, reference: Reference, ca
     if of_loss <= reference.in_loop:
         worst = max(errors, key=errors.__getitem__)
         return (_LOOP if worst in reference.in_loop else _AUX).format(path=worst or "the gradient")
-    cause = diagnose(reference.loop, reference.call, reference.n, carry, resolution)
-    return cause or (_DOES_NOT_SPLIT if "value" in of_loss else _GRADIENT)
-
-
-def diagnose(loop: Loop, call: Call, n: int, carry: Any, resolution: float) -> str:
-    """What the loss is, from its values; empty for a mean over examples."""
     try:
-        cause = _randomness(loop, call, carry) or _departure(loop, call, n, resolution)
+        cause = _randomness(reference, carry) or _departure(reference, resolution)
     except Exception as error:  # whatever a loss raises on batches that were never meant for it
         return _UNTRIED.format(error=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
-    return cause.format(n=n)
+    cause = cause or (_DOES_NOT_SPLIT if "value" in of_loss else _GRADIENT)
+    return cause.format(n=reference.n)
 
 
-def _value(loop: Loop, call: Call, **changed: Any) -> float:
-    call = call._replace(**changed)
-    return float(loop.results_of(call, [call.batch], with_grads=False)["value"])
+def _value(reference: Reference, **changed: Any) -> float:
+    call = reference.call._replace(**changed)
+    return float(reference.loop.results_of(call, [call.batch], with_grads=False)["value"])
 
 
-def _randomness(loop: Loop, call: Call, carry: Any) -> str:
+def _randomness(reference: Reference, carry: Any) -> str:
     """Whether the key matters, or the carry; empty for neither."""
-    key = jax.tree.map(lambda key: jax.random.fold_in(key, 1), call.key)
-    if jax.tree.leaves(key) and _value(loop, call, key=key) != _value(loop, call):
+    key = jax.tree.map(lambda key: jax.random.fold_in(key, 1), reference.call.key)
+    if jax.tree.leaves(key) and _value(reference, key=key) != _value(reference):
         return _KEY
-    if jax.tree.leaves(carry) and _value(loop, call, carry=carry) != _value(loop, call):
+    if jax.tree.leaves(carry) and _value(reference, carry=carry) != _value(reference):
         return _CARRY
     return ""
 
 
-def _departure(loop: Loop, call: Call, n: int, resolution: float) -> str:
+def _departure(reference: Reference, resolution: float) -> str:
     """What most pairs of parts of the batch say that the loss is; empty for a mean over examples."""
-    size, num_devices = batch_size_of(call.batch), loop.num_devices
+    batch, n, num_devices = reference.call.batch, reference.n, reference.loop.num_devices
+    size = batch_size_of(batch)
 
     def loss(*parts):
-        return _value(loop, call, batch=take_rows(call.batch, np.concatenate(parts)))
+        return _value(reference, batch=take_rows(batch, np.concatenate(parts)))
 
     by_device = np.arange(size).reshape(num_devices, -1)
     in_order, reordered = loss(*by_device), loss(*(rows[i::n] for rows in by_device for i in range(n)))

@@ -81,7 +81,10 @@ def value_and_grad(
         *args, (graphdef, places), (keys, state) = args
         leaves, structure = jax.tree.flatten((tuple(args), kwargs), is_leaf=_is_leaf)
         params = nnx.State({n: _unbox(leaves[i]) for n, (i, _) in enumerate(places)})
-        objects = nnx.merge(graphdef, params, _own(keys, data_axes), state, copy=True)
+        own_keys = keys  # of this device, where others have rows of their own
+        if data_axes:
+            own_keys = jax.tree.map(lambda key: jax.random.fold_in(key, jax.lax.axis_index(data_axes)), keys)
+        objects = nnx.merge(graphdef, params, own_keys, state, copy=True)
         args, kwargs = jax.tree.unflatten(structure, _replace(leaves, places, objects))
         out = loss_fn(*args, **kwargs)
         loss, aux = out if has_aux else (out, ())
@@ -254,12 +257,3 @@ def _check_same_variables(before: Sequence[nnx.State], after: Sequence[nnx.State
             f"{', '.join(changed)}. Make them before the call; return what is only to be read as aux, or sow it as "
             "nnx.Intermediate; take away with nnx.pop, before the call, what it would remove."
         )
-
-
-def _own(keys: nnx.State, data_axes: tuple[str, ...]) -> nnx.State:
-    """The keys of Rngs that each device along the data axes has for itself."""
-
-    def fold(key):
-        return jax.random.fold_in(key, jax.lax.axis_index(data_axes))
-
-    return jax.tree.map(fold, keys) if data_axes else keys

@@ -39,20 +39,14 @@ class NoiseScaleState(NamedTuple):
 def estimate_noise(num_terms: Any, sq_norm_sum: Any, mean_sq_norm: Any, weight_sum: Any) -> NoiseEstimates:
     r"""The two estimates of one window; NaN for both where k < 2 or N = 0: one micro-step shows no spread.
 
-    With k mean gradients g_i of n_i examples each, N their sum and g the mean over all of them,
+    With k mean gradients g_i of n_i examples each (`sq_norm_sum`: the sum of n_i |g_i|^2), N their sum (`weight_sum`)
+    and g the mean over all of them (`mean_sq_norm`: |g|^2),
 
     .. math::
       \widehat{\mathrm{tr}\,\Sigma} = \frac{\sum_i n_i |g_i|^2 - N |g|^2}{k - 1}, \qquad
       \widehat{|G|^2} = |g|^2 - \widehat{\mathrm{tr}\,\Sigma} / N,
 
-    which for k = 2 and equal n_i is appendix A.1 of McCandlish et al., "An Empirical Model of Large-Batch
-    Training" (2018), https://arxiv.org/abs/1812.06162.
-
-    Args:
-      num_terms: k, shape=().
-      sq_norm_sum: sum of n_i |g_i|^2, shape=().
-      mean_sq_norm: |g|^2, shape=().
-      weight_sum: N, shape=().
+    which for k = 2 and equal n_i is appendix A.1 of the paper that `noise_scale` names.
     """
     num_terms, *sums = (jnp.asarray(x, jnp.float32) for x in (num_terms, sq_norm_sum, mean_sq_norm, weight_sum))
     sq_norm_sum, mean_sq_norm, weight_sum = sums
@@ -79,22 +73,15 @@ def squared_norm(tree: Any) -> jax.Array:
 
 def init_noise_state() -> NoiseScaleState:
     """Nothing seen yet."""
-
-    def zero():  # a buffer each: a state that is donated may not hold one twice
-        return jnp.zeros([], jnp.float32)
-
-    return NoiseScaleState(jnp.zeros([], jnp.int32), zero(), NoiseEstimates(zero(), zero()), zero())
+    # A buffer each: a state that is donated may not hold one twice.
+    sq_norm_sum, *averages, averages_weight = (jnp.zeros([], jnp.float32) for _ in range(4))
+    return NoiseScaleState(jnp.zeros([], jnp.int32), sq_norm_sum, NoiseEstimates(*averages), averages_weight)
 
 
 def add_term(state: NoiseScaleState, first: jax.Array, grads: Any, weight: jax.Array, is_mean: bool) -> NoiseScaleState:
-    """The open window's sums with a micro-step's n |g|^2, g being its mean gradient over n.
+    """The open window's sums with a micro-step's n |g|^2; that alone where it is the first.
 
-    Args:
-      state: before it.
-      first: whether it opens the window; shape=(), bool.
-      grads: g, or n g where `is_mean` is False.
-      weight: n, shape=(), float32.
-      is_mean: which of the two.
+    g is its mean gradient over a weight of n; `grads` is g, or n g where `is_mean` is False.
     """
     counts = weight != 0
     # Masking the scalar rather than the gradient lets XLA reduce what it reads, with no copy in between.

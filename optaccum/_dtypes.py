@@ -33,15 +33,10 @@ def check_accumulator_dtype(accumulator_dtype: Any, where: str = "") -> Accumula
 
 
 def accumulator_dtype_of(accumulator_dtype: AccumulatorDType, path: tuple[Any, ...], leaf: Any) -> jnp.dtype:
-    """The dtype that the sum of one gradient leaf is kept in.
+    """The dtype that the sum of one gradient leaf, at this key path, is kept in.
 
     A dtype is taken exactly for real leaves, but never narrows float64; a complex leaf stays complex. What a
     function returns is taken as it is; None from it, as for the option itself, is the leaf's own.
-
-    Args:
-      accumulator_dtype: the user's option.
-      path: the leaf's key path, as `jax.tree_util.tree_map_with_path` gives it.
-      leaf: anything with a dtype.
     """
     own = dtype_of(leaf)  # not a weak type's default
     if jnp.issubdtype(own, jax.dtypes.extended):
@@ -125,15 +120,10 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 
 def keep_avals(new: Any, old: Any, what: str, advice: str = "") -> Any:
-    """`new` with the dtypes, weak types and shardings of `old`; raises where structure or shapes differ.
+    """`new` with the dtypes, weak types and shardings of `old`, arrays or `jax.ShapeDtypeStruct`s.
 
-    A state whose types never change is what a scan's carry, a single trace and a donated buffer need.
-
-    Args:
-      new: a pytree of arrays.
-      old: a pytree of arrays, or of `jax.ShapeDtypeStruct`, of the same structure and shapes.
-      what: what the trees are, for the error message.
-      advice: the way out of another structure.
+    A state whose types never change is what a scan's carry, a single trace and a donated buffer need. Raises where
+    structure or shapes differ: `what` the trees are, and for another structure `advice`, the way out.
     """
     new_leaves, new_structure = jax.tree.flatten(new)
     old_leaves, old_structure = jax.tree.flatten_with_path(old)

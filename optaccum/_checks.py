@@ -29,15 +29,13 @@ def check_no_nnx_objects(args: Any) -> None:
     if (nnx := sys.modules.get("flax.nnx")) is None:
         return
 
-    def is_object(x):
-        return isinstance(x, nnx.Pytree | nnx.Variable) and not isinstance(x, nnx.State)
-
     def is_leaf(x):
-        return is_object(x) or isinstance(x, nnx.State)
+        return isinstance(x, nnx.Pytree | nnx.Variable | nnx.State)
 
-    for x in filter(is_object, jax.tree.leaves(args, is_leaf=is_leaf)):
-        raise TypeError(
-            f"expected arrays among the arguments; got an NNX object, {type(x).__name__}, whose state stays. "
-            "optaccum.nnx takes it (value_and_grad, apply_gradients); or pass states from nnx.split, and a JAX key, in "
-            "scanned functions named with key_argnum."
-        )
+    for x in jax.tree.leaves(args, is_leaf=is_leaf):
+        if is_leaf(x) and not isinstance(x, nnx.State):
+            raise TypeError(
+                f"expected arrays among the arguments; got an NNX object, {type(x).__name__}, whose state stays. "
+                "optaccum.nnx takes it (value_and_grad, apply_gradients); or pass states from nnx.split, and a JAX "
+                "key, in scanned functions named with key_argnum."
+            )

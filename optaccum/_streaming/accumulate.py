@@ -36,9 +36,8 @@ def accumulate(
 
     .. math:: S = \sum_{i=1}^k w_i g_i, \qquad W = \sum_{i=1}^k w_i, \qquad u = \mathrm{inner}(S / W),
 
-    which is the gradient of the mean over all the window's examples, or tokens, however they are spread over
-    the micro-batches. The calls before the k-th return zeros and leave `inner`'s state as it is, without
-    evaluating it.
+    which is the gradient of the mean over all the window's examples, or tokens, however they are spread over the
+    micro-batches. The calls before the k-th return zeros and leave `inner`'s state as it is, without evaluating it.
 
     The transformation's update is `update(grads, state, params=None, *, weight=None, denominator=None, emit=None,
     **extra_args)`. `weight`: scalar, what the micro-batch counts in the mean (its examples, or tokens; global over
@@ -112,9 +111,7 @@ def options_of(tx: Any) -> Options | None:
     update = getattr(tx, "update", None)
     while isinstance(update, jax.stages.Wrapped):
         update = getattr(update, "__wrapped__", None)
-    if isinstance(update, functools.partial) and update.func is _update:
-        return update.args[0]
-    return None
+    return update.args[0] if isinstance(update, functools.partial) and update.func is _update else None
 
 
 def start(options: Options, params: optax.Params, inner_state: optax.OptState) -> AccumulateState:

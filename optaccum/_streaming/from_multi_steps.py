@@ -52,8 +52,7 @@ def from_multi_steps(tx: optax.GradientTransformation, state: optax.MultiStepsSt
     if options.averaged_extra_args and not isinstance(micro_step, jax.core.Tracer) and micro_step > 0:
         raise ValueError(
             f"expected a MultiSteps state between windows, since it keeps no {options.averaged_extra_args}; got one "
-            f"{int(micro_step)} micro-steps into a window. Convert it after an update, or leave out "
-            "averaged_extra_args."
+            f"{int(micro_step)} micro-steps into a window. Convert after an update, or leave averaged_extra_args out."
         )
     fresh = start(options, state.acc_grads, state.inner_opt_state)
     weight_sum = micro_step.astype(jnp.float32)

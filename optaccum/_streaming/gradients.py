@@ -13,14 +13,9 @@ from optaccum._dtypes import dtype_of, is_float0, is_numeric, keep_sharding, lea
 PyTree = Any
 
 
-def has_gradient(grad: Any) -> bool:
-    """Whether it is a gradient that moves its parameter."""
-    return grad is not None and not is_float0(grad)
-
-
 def moving(grads: optax.Updates, tree: PyTree) -> PyTree:
     """The leaves of `tree` that have a gradient, None for the others."""
-    return jax.tree.map(lambda g, x: x if has_gradient(g) else None, grads, tree, is_leaf=_is_none)
+    return jax.tree.map(lambda g, x: None if g is None or is_float0(g) else x, grads, tree, is_leaf=_is_none)
 
 
 def put_back(some: PyTree, tree: PyTree) -> PyTree:
@@ -46,7 +41,7 @@ def still(grads: optax.Updates, updates: optax.Updates, params: optax.Params | N
         return updates
 
     def stay(grad, update, param):
-        if has_gradient(grad) or grad is None:
+        if grad is None or not is_float0(grad):
             return update
         return jnp.zeros_like(update, dtype=jnp.int8) if param is grad else jnp.zeros_like(param)
 

@@ -115,11 +115,7 @@ def value_and_update(
 
 
 def _by_a_gradient(
-    tx: optax.GradientTransformation,
-    total_and_rest: Callable[..., Any],
-    params: Any,
-    state: Any,
-    given: Given,
+    tx: optax.GradientTransformation, total_and_rest: Callable[..., Any], params: Any, state: Any, given: Given
 ) -> tuple[Any, Any, Rest]:
     """`jax.value_and_grad`, then `apply_gradients`; without a backward pass where the weight is zero."""
     likes = jax.tree.map(gradient_like, params)

@@ -25,14 +25,7 @@ from optaccum._dtypes import (
 )
 from optaccum._noise_scale import NoiseScaleState, add_term, close_terms
 from optaccum._run_if import run_if
-from optaccum._streaming.gradients import (
-    add_updates,
-    as_arrays,
-    check_gradients,
-    moving,
-    put_back,
-    still,
-)
+from optaccum._streaming.gradients import add_updates, as_arrays, check_gradients, moving, put_back, still
 from optaccum._streaming.schedule import EveryK, is_full
 from optaccum._streaming.skip import should_skip
 from optaccum._streaming.state import ADVICE, AccumulateState, add_to_total, check_is_state, two_sum

@@ -66,8 +66,7 @@ def flush(
     inside: Any = state
     if not isinstance(states[0].micro_step, (jax.Array, np.ndarray)):  # a flax.nnx.Optimizer wraps the leaves
         inside = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(tx.init, params)), leaves)
-    unseen = {name: jnp.zeros([], jnp.float32) for s in states for name in dict(s.extra_sums)}
-    extra_args = unseen | extra_args
+    extra_args = {name: jnp.zeros([], jnp.float32) for s in states for name in dict(s.extra_sums)} | extra_args
     if options is None:
         updates, inside = _by_a_call(tx, inside, params, extra_args)
     else:

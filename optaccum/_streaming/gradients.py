@@ -95,8 +95,7 @@ def check_gradients(grads: optax.Updates, grad_sum: optax.Updates) -> None:
                 "them, or initialise with those that have one."
             )
             raise
-    totals = jax.tree.leaves(grad_sum)
-    for (path, grad), total in zip(jax.tree.leaves_with_path(grads), totals, strict=True):
+    for (path, grad), total in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(grad_sum), strict=True):
         if jnp.shape(grad) != total.shape:
             raise ValueError(
                 f"expected the gradient at {leaf_name(path)} to have the state's shape {total.shape}; got "

@@ -102,8 +102,7 @@ def value_and_update(
         given = Given(weight, denominator, emit, extra_args)
 
         def total_and_rest(params):
-            is_weighed = weight is not None or denominator is not None
-            return _total_and_rest(loss_fn(params, *args), has_aux, is_weighed)
+            return _total_and_rest(loss_fn(params, *args), has_aux, weight is not None or denominator is not None)
 
         if options is not None and not obstacle and is_state(state):
             params, state, rest = _into_the_sum(options, total_and_rest, params, state, given, in_place)

@@ -237,10 +237,7 @@ def close(
 
 
 def _updates_like(
-    inner_update: Callable[..., tuple[optax.Updates, optax.OptState]],
-    grads: optax.Updates,
-    state: AccumulateState,
-    params: optax.Params | None,
+    inner_update: Callable[..., Any], grads: optax.Updates, state: AccumulateState, params: optax.Params | None
 ) -> optax.Updates:
     """The structure and dtypes of the updates that `inner` gives for `grads`, whose mean is wider."""
 
@@ -270,6 +267,5 @@ def _divide(options: Options, state: AccumulateState, emits: jax.Array) -> Accum
             return lax.complex(total.real / divisor, total.imag / divisor)
         return (wide / divisor).astype(total.dtype)
 
-    extra_means = jax.tree.map(divide, state.extra_sums)
     grad_sum = jax.tree.map(divide, state.grad_sum) if options.use_grad_mean else state.grad_sum
-    return state._replace(grad_sum=grad_sum, extra_sums=extra_means)
+    return state._replace(grad_sum=grad_sum, extra_sums=jax.tree.map(divide, state.extra_sums))

@@ -62,15 +62,9 @@ class TrainState(train_state.TrainState):
           TypeError, ValueError: as :func:`optaccum.apply_gradients`.
         """
         overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
+        old, own = (self.params["params"], grads["params"]) if overwrites else (self.params, grads)
         params, opt_state = optaccum.apply_gradients(
-            self.tx,
-            grads["params"] if overwrites else grads,
-            self.opt_state,
-            self.params["params"] if overwrites else self.params,
-            weight=weight,
-            denominator=denominator,
-            emit=emit,
-            **(extra_args or {}),
+            self.tx, own, self.opt_state, old, weight=weight, denominator=denominator, emit=emit, **(extra_args or {})
         )
         if overwrites:
             params = {"params": params, OVERWRITE_WITH_GRADIENT: grads[OVERWRITE_WITH_GRADIENT]}

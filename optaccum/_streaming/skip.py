@@ -8,25 +8,6 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optaccum._dtypes import keep_avals
-from optaccum._streaming.state import ADVICE, AccumulateState
-
-
-def should_skip(
-    skip_fn: Callable[..., Any] | None,
-    grads: optax.Updates,
-    weight: jax.Array | None,
-    state: AccumulateState,
-    params: optax.Params | None,
-) -> tuple[jax.Array | None, Any]:
-    """Whether to drop the micro-step (None: never), and the new skip state."""
-    if skip_fn is None:
-        return None, state.skip_state
-    skip, skip_state = call_skip_fn(skip_fn, grads, state.gradient_step, params)
-    if weight is not None:
-        skip = skip | ~jnp.isfinite(weight)
-    return skip, keep_avals(skip_state, state.skip_state, "what should_skip_update_fn returns", ADVICE)
-
 
 def call_skip_fn(skip_fn: Callable[..., Any], *args: Any) -> tuple[jax.Array, Any]:
     """Whether to drop, and the pytree to keep; raises for a function that does not decide."""

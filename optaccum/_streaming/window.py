@@ -27,7 +27,7 @@ from optaccum._noise_scale import NoiseScaleState, add_term, close_terms
 from optaccum._run_if import run_if
 from optaccum._streaming.gradients import add_updates, as_arrays, check_gradients, moving, put_back, still
 from optaccum._streaming.schedule import EveryK, is_full
-from optaccum._streaming.skip import should_skip
+from optaccum._streaming.skip import call_skip_fn
 from optaccum._streaming.state import ADVICE, AccumulateState, add_to_total, check_is_state, two_sum
 from optaccum._varying import zeros_of
 
@@ -73,7 +73,11 @@ def enter(
     count = weigh(given)
     came = as_arrays(grads, state.grad_sum)
     counted = jax.tree.map(functools.partial(_where_counted, count.weight), came)
-    skip, skip_state = should_skip(options.should_skip_update_fn, counted, count.weight, state, params)
+    skip, skip_state = None, state.skip_state
+    if options.should_skip_update_fn is not None:
+        skip, new = call_skip_fn(options.should_skip_update_fn, counted, state.gradient_step, params)
+        skip = skip if count.weight is None else skip | ~jnp.isfinite(count.weight)
+        skip_state = keep_avals(new, skip_state, "what should_skip_update_fn returns", ADVICE)
     entered, full = add_count(options, state, count, given, skip)
 
     first, noise_state = state.micro_step == 0, state.noise_state

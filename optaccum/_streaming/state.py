@@ -58,9 +58,7 @@ def add_to_total(total: jax.Array, weight: jax.Array) -> jax.Array:
     """`total + weight`, the total in two float32 words, shape=(2,), renormalised; exact to 2^48."""
     high, low = total
     rounded, lost = two_sum(high, weight)
-    low = low + lost
-    high = rounded + low
-    return jnp.stack([high, low - (high - rounded)])
+    return jnp.stack(two_sum(rounded, low + lost))
 
 
 def has_updated(opt_state: Any) -> jax.Array:

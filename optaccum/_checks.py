@@ -18,9 +18,8 @@ def check_flag(value: Any, name: str, *, or_none: bool = False) -> Any:
     if or_none and value is None:
         return None
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(
-            f"expected {name} to be {'True, False or None' if or_none else 'True or False'}; got {value!r}."
-        )
+        flags = "True, False or None" if or_none else "True or False"
+        raise TypeError(f"expected {name} to be {flags}; got {value!r}.")
     return bool(value)
 
 

@@ -125,14 +125,12 @@ def keep_avals(new: Any, old: Any, what: str, advice: str = "") -> Any:
     A state whose types never change is what a scan's carry, a single trace and a donated buffer need. Raises where
     structure or shapes differ: `what` the trees are, and for another structure `advice`, the way out.
     """
-    new_leaves, new_structure = jax.tree.flatten(new)
+    leaves, structure = jax.tree.flatten(new)
     old_leaves, old_structure = jax.tree.flatten_with_path(old)
-    if new_structure != old_structure:
-        raise TypeError(
-            f"expected {what} to keep its structure, {old_structure}; got {new_structure}. {advice}".rstrip()
-        )
-    pairs = zip(new_leaves, old_leaves, strict=True)
-    return old_structure.unflatten(_keep_aval(leaf, was, path, what) for leaf, (path, was) in pairs)
+    if structure != old_structure:
+        raise TypeError(f"expected {what} to keep its structure, {old_structure}; got {structure}. {advice}".rstrip())
+    pairs = zip(leaves, old_leaves, strict=True)
+    return structure.unflatten(_keep_aval(leaf, was, path, what) for leaf, (path, was) in pairs)
 
 
 def _keep_aval(new: Any, old: Any, path: tuple[Any, ...], what: str) -> Any:

@@ -97,20 +97,19 @@ def plan_microbatches(
     check_positive_int(batch_size, "batch_size")
     sizes = [size for size in range(1, int(batch_size) + 1) if batch_size % size == 0]
     limit = _limit(memory_limit, args)
-    needs: dict[int, int | float] = {}  # micro-batch size -> the bytes of its program
-    probes: list[Probe] = []
+    needs: dict[int, int | float] = {}  # micro-batch size -> the bytes of its program, as they come
     size: int | None = sizes[-1]
     while size is not None:
         num_microbatches = sizes[-1] // size
         needs[size] = _compiled_need(make_step(num_microbatches), args)
-        probes.append(Probe(num_microbatches, needs[size]))
         if on_probe is not None:
-            on_probe(probes[-1])
+            on_probe(Probe(num_microbatches, needs[size]))
         size = _next_size(sizes, needs, limit)
+    probes = tuple(Probe(sizes[-1] // size, need) for size, need in needs.items())
     fitting = [size for size, need in needs.items() if need <= limit]
     if not fitting:
         raise ValueError(_nothing_fits(probes, limit))
-    return MicrobatchPlan(sizes[-1] // max(fitting), max(fitting), tuple(probes), limit)
+    return MicrobatchPlan(sizes[-1] // max(fitting), max(fitting), probes, limit)
 
 
 def _next_size(sizes: Sequence[int], needs: dict[int, int | float], limit: int) -> int | None:

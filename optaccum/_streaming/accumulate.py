@@ -167,9 +167,7 @@ def _update(
 def check_transformation(tx: Any, name: str) -> None:
     """Raises for what does not update as Optax's transformations do."""
     if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
-        raise TypeError(
-            f"expected {name} to be an optax.GradientTransformation, such as optax.adamw(1e-3); got {tx!r}."
-        )
+        raise TypeError(f"expected {name} to be an optax.GradientTransformation such as optax.adamw(1e-3); got {tx!r}.")
 
 
 def _checked_names(names: Any) -> tuple[str, ...]:

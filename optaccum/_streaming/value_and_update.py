@@ -148,9 +148,7 @@ def _into_the_sum(
     diff = jax.tree.map(jnp.asarray, moving(likes, params))
     weight, scales = weigh(given)
     operands = Operands(diff, moving(likes, state.grad_sum), state.micro_step == 0, weight, [])
-    total, rest, sums = _add_in_some_form(
-        lambda diff: total_and_rest(put_back(diff, params)), operands, scales, in_place
-    )
+    total, rest, sums = _add_in_some_form(lambda x: total_and_rest(put_back(x, params)), operands, scales, in_place)
     given = _with_loss(given, options, total, rest)
     state, full = add_count(options, state, weigh(given), given, None)
     state = state._replace(grad_sum=put_back(sums, state.grad_sum))
@@ -230,9 +228,7 @@ def _starts(operands: Operands) -> Any:
 def _total_and_rest(out: Any, has_aux: bool, is_weighed: bool) -> tuple[jax.Array, Rest]:
     """What is differentiated, of what the loss function returned."""
     if has_aux and not (isinstance(out, tuple | list) and len(out) == 2):
-        raise TypeError(
-            f"expected the loss function to return (loss, aux), as has_aux=True says; got {type(out).__name__}."
-        )
+        raise TypeError(f"expected the loss function to return (loss, aux), as has_aux says; got {type(out).__name__}.")
     loss, aux = out if has_aux else (out, ())
     terms = loss_terms(loss, 1.0)
     if len(terms) > 1:

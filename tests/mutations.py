@@ -218,7 +218,7 @@ MUTATIONS = [
         "scanning: differentiates through the references",
         "jax.jvp(plain, primals, tangents)",
         "jax.jvp(fast, primals, tangents)",
-        "test_transforms.py -k meta",
+        "test_in_place.py -k outer",
     ),
     Mutation(
         "chunked: without recomputing",

@@ -124,7 +124,8 @@ def _follow_scan(eqn: Any, args: list[Any], use: Callable[[Any], jax.Array]) -> 
 
     def can_slice(i, x):
         is_tied = isinstance(x, Tied) and i >= num_consts + num_carry
-        return is_tied and (x.across is None or x.across.sliced() is not None)
+        # The second time as any other use: JAX 0.10 would add to two copies of the sum, and keep one.
+        return is_tied and all(x is not y for y in args[:i]) and (x.across is None or x.across.sliced() is not None)
 
     if not any(can_slice(i, x) for i, x in enumerate(args)):
         return None

@@ -1,5 +1,6 @@
 """A function as what JAX traces of it, its closure made into arguments."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ class Traced(NamedTuple):
     depends_on: Callable[[int], list[bool]]
     # (index of an output leaf, of an argument leaf, from the end where negative) -> whether the output is the argument.
     passes: Callable[[int, int], bool]
+    # Whether a scan is handed one of the inputs of these dtypes, or a slice of one, twice.
+    scans_twice: Callable[[set[Any]], bool]
 
 
 def trace(fn: Callable[..., Any], *args: PyTree) -> tuple[Traced, list[Any]]:
@@ -48,7 +51,8 @@ def trace(fn: Callable[..., Any], *args: PyTree) -> tuple[Traced, list[Any]]:
 
     stopped = {id(e.outvars[0]): e.invars[0] for e in jaxpr.eqns if e.primitive.name == "stop_gradient"}
     effects = frozenset(str(getattr(effect, "name", type(effect).__name__)) for effect in jaxpr.effects)
-    return Traced(call, structs, effects, _has_scan(jaxpr), depends_on, passes), list(closed.consts)
+    twice = functools.partial(_scans_twice, jaxpr)
+    return Traced(call, structs, effects, _has_scan(jaxpr), depends_on, passes, twice), list(closed.consts)
 
 
 def hoisted(closed: Any) -> jex_core.Jaxpr:
@@ -66,3 +70,20 @@ def _has_scan(jaxpr: jex_core.Jaxpr) -> bool:
     return any(
         eqn.primitive.name == "scan" or any(map(_has_scan, jex_core.jaxprs_in_params(eqn.params))) for eqn in jaxpr.eqns
     )
+
+
+def _scans_twice(jaxpr: jex_core.Jaxpr, dtypes: set[Any]) -> bool:
+    def visit(jaxpr, roots):
+        """`roots`: of the variables that are an input of the whole, or a slice of it, which."""
+        for eqn in jaxpr.eqns:
+            handed = [None if isinstance(x, jex_core.Literal) else roots.get(x) for x in eqn.invars]
+            found = [root for root in handed if root is not None]
+            if eqn.primitive.name == "scan" and len(set(found)) < len(found):
+                return True
+            for inner in jex_core.jaxprs_in_params(eqn.params) if found else ():
+                # From the end: a branch is not handed its index.
+                if visit(inner, dict(zip(reversed(inner.invars), reversed(handed), strict=False))):
+                    return True
+        return False
+
+    return visit(jaxpr, {x: x for x in jaxpr.invars if getattr(x.aval, "dtype", None) in dtypes})

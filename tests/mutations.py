@@ -322,6 +322,18 @@ MUTATIONS = [
         "return zeros",
         "scanning/test_sharded.py -k layer_by_layer",
     ),
+    Mutation(
+        "in place: a scan has one reference twice",
+        "if any(loss.scans_twice({own for own, total in dtypes if own == total}) for loss in losses):",
+        "if False:",
+        "test_tied.py",
+    ),
+    Mutation(
+        "in place: a scan has one tied parameter twice",
+        "return is_tied and all(x is not y for y in args[:i]) and",
+        "return is_tied and",
+        "test_tied.py",
+    ),
 ]
 
 

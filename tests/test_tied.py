@@ -2,6 +2,8 @@
 
 import jax
 import jax.numpy as jnp
+import optax
+import pytest
 from conftest import assert_trees_close
 from jax import lax
 
@@ -61,3 +63,34 @@ def test_16_bit_parameters_in_place_need_no_second_buffer():
     size = 4 * 16 * 256**2
     assert temp(in_place=False) > 0.5 * size
     assert temp(in_place=True) < temp(in_place=False) - size / 4
+
+
+def _twice(h, a, b):
+    return lax.scan(lambda h, ws: (jnp.tanh(h @ ws[0] + 0.3 * h @ ws[1].T), None), h, (a, b))[0]
+
+
+TWICE = {
+    "scan": lambda h, w: _twice(h, w, w),
+    "scan in jit": lambda h, w: jax.jit(_twice)(h, w, w),
+    "scan in checkpoint": lambda h, w: jax.checkpoint(_twice)(h, w, w),
+    "scan in a scan": lambda h, w: lax.scan(lambda h, _: (_twice(h, w, w), None), h, length=2)[0],
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", TWICE)
+def test_a_scan_may_have_one_parameter_twice(name, dtype):
+    """Of which JAX 0.10, by references, keeps the gradient of one use alone, without an error."""
+
+    def loss_fn(w, rows):
+        return jnp.mean(TWICE[name](rows.astype(w.dtype), w).astype(jnp.float32) ** 2)
+
+    w = (jax.random.normal(jax.random.key(0), (4, 3, 3)) / 2).astype(dtype)
+    rows = jax.random.normal(jax.random.key(1), (6, 3))
+    expected = jax.grad(loss_fn)(w.astype(jnp.float32), rows)
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == jnp.float32 else {"rtol": 0.1, "atol": 1e-2}
+    assert_trees_close(optaccum.grad(loss_fn, num_microbatches=2)(w, rows), expected, **close)
+    tx = optaccum.accumulate(optax.identity(), None)
+    step = jax.jit(optaccum.value_and_update(loss_fn, tx))
+    _, _, state = step(w, tx.init(w), rows, emit=False)
+    assert_trees_close(state.grad_sum, expected, **close)

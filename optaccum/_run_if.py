@@ -21,7 +21,7 @@ def run_if(predicate: Any, fn: Callable[[Carry], Carry], carry: Carry) -> Carry:
 
     It is a `lax.while_loop` of zero or one trip, so it works in place: where the buffers of `carry` are
     donated none is copied, and where `predicate` is false none is touched. Differentiated, in either mode and
-    to any order, it is a `lax.cond`.
+    to any order, it computes both and chooses.
 
     Args:
       predicate: a scalar bool. A concrete one (outside jit) is branched on in Python, without compiling
@@ -66,11 +66,14 @@ def _run_jaxpr_if(fn: Callable[..., list[Any]], predicate: Any, leaves: list[Any
 
         return lax.while_loop(lambda state: state[0], body, (predicate, leaves))[1]
 
+    # Not lax.cond, which JAX batches by a stop_gradient on what it is not to touch: on tangents too, where it is
+    # differentiated first, and that has no transpose. What is not chosen gives no gradient, not even a NaN.
+    def choice(predicate, leaves, consts):
+        used = jax.tree.map(lambda x: jnp.where(predicate, x, lax.stop_gradient(x)), (leaves, consts))
+        return [jnp.where(predicate, new, old) for new, old in zip(call(*used), leaves, strict=True)]
+
     @in_place.defjvp
     def _(primals, tangents):
-        def branches(predicate, leaves, consts):
-            return lax.cond(predicate, call, lambda leaves, _: leaves, leaves, consts)
-
-        return jax.jvp(branches, primals, tangents)
+        return jax.jvp(choice, primals, tangents)
 
     return in_place(predicate, leaves, consts)

@@ -82,6 +82,28 @@ def test_a_gradient_under_vmap_under_jit():
     assert_trees_close(slopes, jnp.array([jnp.sum(jnp.sin(X)), 0.0]))
 
 
+@pytest.mark.parametrize("inner", [lambda fn: fn, jax.jit, jax.vmap], ids=["vmap", "jit", "vmap of vmap"])
+@pytest.mark.parametrize("outer", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
+def test_a_gradient_of_vmap_where_members_differ(inner, outer):
+    predicates = jnp.array([[True], [False], [True]]) if inner is jax.vmap else jnp.array([True, False, True])
+
+    def total(x):
+        return jax.vmap(inner(lambda predicate: scaled_sum(predicate, x, 2.0, 3)))(predicates).sum()
+
+    assert_trees_close(outer(jax.grad(total))(X), 4 * jnp.cos(X) + 1)
+    assert_trees_close(outer(jax.grad(total))(X), outer(jax.jacfwd(total))(X))
+
+
+def test_what_does_not_run_gives_no_gradient_not_even_a_nan():
+    def member(x, predicate):
+        return run_if(predicate, jnp.sqrt, x)
+
+    predicates = jnp.array([False, True])
+    gradient = jax.jit(jax.grad(lambda x: jax.vmap(member)(x, predicates).sum()))
+    assert_trees_equal(gradient(jnp.array([0.0, 4.0])), jnp.array([1.0, 0.25]))
+    assert not jnp.isfinite(gradient(jnp.zeros(2))[1])
+
+
 def test_does_not_evaluate_what_it_does_not_run():
     calls = []
 

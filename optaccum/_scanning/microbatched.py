@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
@@ -186,9 +187,10 @@ def _whole_batch(
         if options.presplit:
             row_grads = [x.swapaxes(0, 1) for x in row_grads]
         grads = iter([*grads, *row_grads])
-        # Not None: JAX would unflatten one call's residuals by another's structure, where what is chosen differs (of
-        # the kind of https://github.com/jax-ml/jax/issues/16614).
+        # Not None, and batched as the value is: JAX would take one call's residuals by the structure, or the batch axes,
+        # of another, where what is chosen differs (of the kind of https://github.com/jax-ml/jax/issues/16614).
         grads = [next(grads) if c else jnp.bool_(False) for c in (*chosen, *of_rows)]
+        grads = [lax.select(value == value, g, g) for g in grads]
         return (value, reductions.merge_aux(aux, rows)), grads
 
     @jax.custom_vjp

@@ -292,6 +292,25 @@ def test_no_tracer_leaks(data_axes):
             jax.jit(lambda x: leaked.append(x) or x)(1.0)
 
 
+@pytest.mark.parametrize("transform", [lambda fn: fn, jax.jit])
+def test_calls_of_one_vmapped_loss_stay_apart(transform):
+    """Their residuals have one batching."""
+    batches, fixed, moved = jnp.stack([BATCH["x"], 2 * BATCH["x"]]), PARAMS["w"], jnp.array([0.1, 0.5, -0.2])
+
+    def loss_fn(a, x, b):
+        return jnp.mean(jnp.tanh(x @ a + 2) * jnp.sin(3 * x @ b))
+
+    def total(loss):
+        many = jax.vmap(loss, (None, 0, None))
+        return lambda t: (many(t, batches, fixed) + 2 * many(fixed, batches, t) + 3 * many(t, batches * t, t)).sum()
+
+    expected = jax.grad(total(loss_fn))(moved)
+    actual = jax.grad(transform(total(optaccum.microbatched(loss_fn, num_microbatches=3))))(moved)
+    assert_trees_close(actual, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(AssertionError):
+        assert_trees_close(actual, jax.grad(total(lambda a, x, b: loss_fn(b, x, a)))(moved), rtol=1e-2)
+
+
 def test_forward_mode_is_told_the_way_out():
     loss = optaccum.microbatched(mean_loss, num_microbatches=3)
     with pytest.raises(TypeError, match="forward-mode") as info:

@@ -187,7 +187,7 @@ def _whole_batch(
         if options.presplit:
             row_grads = [x.swapaxes(0, 1) for x in row_grads]
         grads = iter([*grads, *row_grads])
-        # Not None, and batched as the value is: JAX would take one call's residuals by the structure, or the batch axes,
+        # Not None, and batched as the value is: JAX would take one call's residuals by the structure or the batch axes
         # of another, where what is chosen differs (of the kind of https://github.com/jax-ml/jax/issues/16614).
         grads = [next(grads) if c else jnp.bool_(False) for c in (*chosen, *of_rows)]
         grads = [lax.select(value == value, g, g) for g in grads]

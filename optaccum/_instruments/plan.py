@@ -95,7 +95,8 @@ def plan_microbatches(
       (4, 16)
     """
     check_positive_int(batch_size, "batch_size")
-    sizes = [size for size in range(1, int(batch_size) + 1) if batch_size % size == 0]
+    small = [size for size in range(1, math.isqrt(batch_size) + 1) if batch_size % size == 0]
+    sizes = sorted({*small, *(int(batch_size) // size for size in small)})
     limit = _limit(memory_limit, args)
     needs: dict[int, int | float] = {}  # micro-batch size -> the bytes of its program, as they come
     size: int | None = sizes[-1]

@@ -50,10 +50,10 @@ def why_not_in_place(
     for own, total in dtypes:
         if not np.can_cast(own, total):
             return f"a {total} sum is narrower than its {own} parameter", None
-    # JAX 0.10 would add to copies of a reference that a scan has twice, and keep one: silently wrong gradients.
+    # JAX 0.10 would add to copies of a reference that a scan or a jitted function has twice, and keep one, silently.
     # Where the sum has another dtype the reference goes another way (`call_tied`, or a cast).
-    if any(loss.scans_twice({own for own, total in dtypes if own == total}) for loss in losses):
-        return "the loss hands one array to a scan twice", None
+    if any(loss.hands_twice({own for own, total in dtypes if own == total}) for loss in losses):
+        return "the loss hands one array to a scan, a jitted function or a branch twice", None
     # Effects do not show through `run_as`, and its rule for vmap does not know the axis by name.
     effects = {effect for loss in losses for effect in loss.effects}
     effects -= set(jax.sharding.get_abstract_mesh().axis_names)

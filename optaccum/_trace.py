@@ -25,8 +25,8 @@ class Traced(NamedTuple):
     depends_on: Callable[[int], list[bool]]
     # (index of an output leaf, of an argument leaf, from the end where negative) -> whether the output is the argument.
     passes: Callable[[int, int], bool]
-    # Whether a scan is handed one of the inputs of these dtypes, or a slice of one, twice.
-    scans_twice: Callable[[set[Any]], bool]
+    # Whether a scan, or a jitted function, is handed one of the inputs of these dtypes, or a slice of one, twice.
+    hands_twice: Callable[[set[Any]], bool]
 
 
 def trace(fn: Callable[..., Any], *args: PyTree) -> tuple[Traced, list[Any]]:
@@ -51,7 +51,7 @@ def trace(fn: Callable[..., Any], *args: PyTree) -> tuple[Traced, list[Any]]:
 
     stopped = {id(e.outvars[0]): e.invars[0] for e in jaxpr.eqns if e.primitive.name == "stop_gradient"}
     effects = frozenset(str(getattr(effect, "name", type(effect).__name__)) for effect in jaxpr.effects)
-    twice = functools.partial(_scans_twice, jaxpr)
+    twice = functools.partial(_hands_twice, jaxpr)
     return Traced(call, structs, effects, _has_scan(jaxpr), depends_on, passes, twice), list(closed.consts)
 
 
@@ -72,15 +72,15 @@ def _has_scan(jaxpr: jex_core.Jaxpr) -> bool:
     )
 
 
-def _scans_twice(jaxpr: jex_core.Jaxpr, dtypes: set[Any]) -> bool:
+def _hands_twice(jaxpr: jex_core.Jaxpr, dtypes: set[Any]) -> bool:
     def visit(jaxpr, roots):
         """`roots`: of the variables that are an input of the whole, or a slice of it, which."""
         for eqn in jaxpr.eqns:
             handed = [None if isinstance(x, jex_core.Literal) else roots.get(x) for x in eqn.invars]
             found = [root for root in handed if root is not None]
-            if eqn.primitive.name == "scan" and len(set(found)) < len(found):
-                return True
             for inner in jex_core.jaxprs_in_params(eqn.params) if found else ():
+                if len(set(found)) < len(found):
+                    return True
                 # From the end: a branch is not handed its index.
                 if visit(inner, dict(zip(reversed(inner.invars), reversed(handed), strict=False))):
                     return True

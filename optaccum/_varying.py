@@ -4,12 +4,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 PyTree = Any
+
+
+def names_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
+def sharding_of(x: jax.Array) -> NamedSharding:
+    """A concrete array's own where it names a mesh, else what its type shows."""
+    if not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding):
+        return x.sharding
+    return jax.typeof(x).sharding
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -46,10 +58,8 @@ def zeros_of(structs: PyTree, beside: PyTree = ()) -> PyTree:
 
     Outside `jax.jit` and `jax.set_mesh` its sharding names no devices: they are those of the arrays `beside` it.
     """
-    arrays = [x for x in jax.tree.leaves(beside) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
-    meshes = [
-        x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding) and any(jax.typeof(x).sharding.spec)
-    ]
+    arrays = [x for x in jax.tree.leaves(beside) if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
+    meshes = [sharding_of(x).mesh for x in arrays if any(jax.typeof(x).sharding.spec)]
 
     def zeros(s):
         if jnp.issubdtype(s.dtype, jax.dtypes.prng_key):
@@ -64,7 +74,7 @@ def zeros_of(structs: PyTree, beside: PyTree = ()) -> PyTree:
 def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
     """An empty sum for `x`: sharded as it is, also where only the compiler knows how, in `jax.jit` on Auto axes."""
     zeros = jnp.zeros_like(x, dtype)
-    is_known = not isinstance(x, jax.core.Tracer) or not jnp.issubdtype(x.dtype, jnp.inexact)
+    is_known = not isinstance(x, Tracer) or not jnp.issubdtype(x.dtype, jnp.inexact)
     if is_known or jax.typeof(x).memory_space != jax.typeof(zeros).memory_space:
         return zeros
     never = lax.optimization_barrier(jnp.bool_(False))

@@ -323,8 +323,8 @@ MUTATIONS = [
         "scanning/test_sharded.py -k layer_by_layer",
     ),
     Mutation(
-        "in place: a scan has one reference twice",
-        "if any(loss.scans_twice({own for own, total in dtypes if own == total}) for loss in losses):",
+        "in place: one function has a reference twice",
+        "if any(loss.hands_twice({own for own, total in dtypes if own == total}) for loss in losses):",
         "if False:",
         "test_tied.py",
     ),

@@ -69,17 +69,25 @@ def _twice(h, a, b):
     return lax.scan(lambda h, ws: (jnp.tanh(h @ ws[0] + 0.3 * h @ ws[1].T), None), h, (a, b))[0]
 
 
+def _in_turn(h, a, b):
+    for weights in (a, b):
+        h = lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, weights)[0]
+    return h
+
+
 TWICE = {
     "scan": lambda h, w: _twice(h, w, w),
     "scan in jit": lambda h, w: jax.jit(_twice)(h, w, w),
     "scan in checkpoint": lambda h, w: jax.checkpoint(_twice)(h, w, w),
+    "jit": lambda h, w: jax.jit(_in_turn)(h, w, w),
+    "cond": lambda h, w: lax.cond(h.sum() > -1e9, _in_turn, lambda h, a, b: h, h, w, w),
     "scan in a scan": lambda h, w: lax.scan(lambda h, _: (_twice(h, w, w), None), h, length=2)[0],
 }
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", TWICE)
-def test_a_scan_may_have_one_parameter_twice(name, dtype):
+def test_what_is_called_may_have_one_parameter_twice(name, dtype):
     """Of which JAX 0.10, by references, keeps the gradient of one use alone, without an error."""
 
     def loss_fn(w, rows):

@@ -7,21 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optaccum._dtypes import at_least_float32
 from optaccum._scanning.call import Roles, split_call
-from optaccum._scanning.split import batch_size_of, names_of, num_and_size_of
+from optaccum._scanning.split import batch_size_of, num_and_size_of
+from optaccum._varying import names_of, sharding_of
 
 PyTree = Any
-
-
-def sharding_of(x: jax.Array) -> NamedSharding:
-    """A concrete array's own where it names a mesh, else what its type shows."""
-    if not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding):
-        return x.sharding
-    return jax.typeof(x).sharding
 
 
 def find_mesh(args: PyTree, axes: tuple[str, ...]) -> Any:

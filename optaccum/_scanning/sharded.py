@@ -17,8 +17,8 @@ from jax.core import Tracer
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optaccum._scanning.data_axes import in_float32, sharding_of
-from optaccum._scanning.split import names_of
+from optaccum._scanning.data_axes import in_float32
+from optaccum._varying import names_of, sharding_of
 
 PyTree = Any
 Names = tuple[str, ...]

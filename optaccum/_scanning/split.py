@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optaccum._varying import names_of
+
 PyTree = Any
 
 
@@ -153,11 +155,6 @@ def join(stacks: Sequence[jax.Array]) -> jax.Array:
     rows = shorter.shape[1]
     even = _stack_to_rows(jnp.concatenate([longer[:, :rows], shorter]))
     return jnp.concatenate([even, longer[:, rows]])
-
-
-def names_of(entry: Any) -> tuple[str, ...]:
-    """The mesh axes in one entry of a PartitionSpec."""
-    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def _explicit_spec(x: jax.Array) -> tuple[Any, list[Any]] | None:

@@ -133,7 +133,7 @@ def test_the_core_sends_nnx_objects_here(make):
 
 
 @pytest.mark.parametrize("maybe_jit", [jax.jit, lambda step: step])
-def test_so_does_streaming(maybe_jit):
+def test_streaming_sends_nnx_objects_here_too(maybe_jit):
     """There the statistics of a BatchNorm would stay, and every call would draw the same numbers."""
     model, tx = nnx.BatchNorm(4, rngs=nnx.Rngs(0)), optaccum.accumulate(optax.sgd(1.0), 1)
     graphdef, state = nnx.split(model)

@@ -75,30 +75,36 @@ def _in_turn(h, a, b):
     return h
 
 
-TWICE = {
-    "scan": lambda h, w: _twice(h, w, w),
-    "scan in jit": lambda h, w: jax.jit(_twice)(h, w, w),
-    "scan in checkpoint": lambda h, w: jax.checkpoint(_twice)(h, w, w),
-    "jit": lambda h, w: jax.jit(_in_turn)(h, w, w),
-    "cond": lambda h, w: lax.cond(h.sum() > -1e9, _in_turn, lambda h, a, b: h, h, w, w),
-    "scan in a scan": lambda h, w: lax.scan(lambda h, _: (_twice(h, w, w), None), h, length=2)[0],
+CALLED = {
+    "scan": _twice,
+    "scan in jit": jax.jit(_twice),
+    "scan in checkpoint": jax.checkpoint(_twice),
+    "jit": jax.jit(_in_turn),
+    "cond": lambda h, a, b: lax.cond(h.sum() > -1e9, _in_turn, lambda h, a, b: h, h, a, b),
+    "scan in a scan": lambda h, a, b: lax.scan(lambda h, _: (_twice(h, a, b), None), h, length=2)[0],
 }
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("name", CALLED)
 def test_what_is_called_may_have_one_parameter_twice(name, dtype):
     """Of which JAX 0.10, by references, keeps the gradient of one use alone, without an error."""
 
     def loss_fn(w, rows):
-        return jnp.mean(TWICE[name](rows.astype(w.dtype), w).astype(jnp.float32) ** 2)
+        return jnp.mean(CALLED[name](rows.astype(w.dtype), w, w).astype(jnp.float32) ** 2)
 
     w = (jax.random.normal(jax.random.key(0), (4, 3, 3)) / 2).astype(dtype)
     rows = jax.random.normal(jax.random.key(1), (6, 3))
     expected = jax.grad(loss_fn)(w.astype(jnp.float32), rows)
-    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == jnp.float32 else {"rtol": 0.1, "atol": 1e-2}
-    assert_trees_close(optaccum.grad(loss_fn, num_microbatches=2)(w, rows), expected, **close)
     tx = optaccum.accumulate(optax.identity(), None)
     step = jax.jit(optaccum.value_and_update(loss_fn, tx))
     _, _, state = step(w, tx.init(w), rows, emit=False)
-    assert_trees_close(state.grad_sum, expected, **close)
+    of_one_use = jax.grad(lambda w: jnp.mean(CALLED[name](rows, w, lax.stop_gradient(w)) ** 2))(w.astype(jnp.float32))
+
+    def distance(x):
+        return jnp.linalg.norm(x - expected) / jnp.linalg.norm(expected)
+
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.05
+    assert distance(optaccum.grad(loss_fn, num_microbatches=2)(w, rows)) < tolerance
+    assert distance(state.grad_sum) < tolerance
+    assert distance(of_one_use) > 0.2

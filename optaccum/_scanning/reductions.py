@@ -33,7 +33,7 @@ class Sum:
 class Max:
     """Auxiliary output of which the elementwise maximum over the micro-batches is kept.
 
-    Every micro-batch's value is held until the loop is over.
+    Every micro-batch's value is held until the loop is over. The maximum of none is -inf, or the least integer.
     """
 
     value: Any

@@ -13,6 +13,7 @@ KINDS = pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit
 LAYOUTS = {
     "data": ((4,), ("data",), "data"),
     "data and model": ((4, 2), ("data", "model"), "data"),
+    "one device and model": ((1, 2), ("data", "model"), "data"),
     "two data axes": ((2, 2, 2), ("replica", "data", "model"), ("replica", "data")),
 }
 ROWS, NUM_DEVICES = 24, 4

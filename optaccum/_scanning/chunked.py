@@ -11,7 +11,7 @@ from jax import lax
 from optaccum._checks import check_function
 from optaccum._scanning import reductions
 from optaccum._scanning.call import Call, Layout, fold_in, join_call, make_roles
-from optaccum._scanning.data_axes import as_axes, compile_call, over_devices, psum
+from optaccum._scanning.data_axes import as_axes, compile_call, of_several, over_devices, psum
 from optaccum._scanning.split import Group, batch_size_of, check_split_options, resolve_num_microbatches, split
 from optaccum._varying import zeros_of
 
@@ -120,7 +120,7 @@ def _map_groups(
         summed, rows = lax.scan(step, summed, jnp.arange(group.count, dtype=jnp.int32))
         stacks.append(rows)
         first += group.count
-    return reductions.finish(psum(summed, axes) if axes else summed, stacks, None, axes)
+    return reductions.finish(psum(summed, of_several(axes)), stacks, None, axes)
 
 
 def _check_rows(output: PyTree, doubled: list[tuple[int, ...]]) -> None:

@@ -150,6 +150,13 @@ def place_args(args: PyTree, specs: PyTree, mesh: Any, axes: tuple[str, ...]) ->
     return jax.tree.map(lambda spec, tree: jax.tree.map(lambda x: place(spec, x), tree), specs, args, is_leaf=is_spec)
 
 
+def of_several(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of these axes along which there are several devices."""
+    # XLA fails on an all-reduce over one device of what another axis divides (JAX 0.10 and 0.12): "Cross-partition
+    # allreduce must be in (partial) manual partitioning mode".
+    return tuple(axis for axis in axes if lax.axis_size(axis) > 1)
+
+
 def psum(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
     """`lax.psum`, whatever the dtypes."""
     return in_float32(lambda tree: lax.psum(tree, axes), tree)

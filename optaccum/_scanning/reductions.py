@@ -266,7 +266,7 @@ def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Every device's array, along a new leading axis."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(gather(jax.random.key_data(x), axes), impl=jax.random.key_impl(x))
-    return lax.all_gather(x, axes)
+    return lax.all_gather(x[None], axes, tiled=True)  # else JAX moves no sharding of an Explicit axis to the right
 
 
 def lowest(x: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from optaccum._noise_scale import NoiseEstimates, estimate_noise, squared_norm
 from optaccum._run_if import run_if
 from optaccum._scanning import reductions
 from optaccum._scanning.call import Call, Layout
-from optaccum._scanning.data_axes import carry_across, over_devices, pmax, psum
+from optaccum._scanning.data_axes import carry_across, of_several, over_devices, pmax, psum
 from optaccum._scanning.loop import Loop, Operands, Outputs, SumOf, Sums, choose_form, run_loop, sum_weights
 from optaccum._scanning.micro_loss import as_it_came, stop_gradient, trace_loss
 from optaccum._scanning.options import Options
@@ -195,7 +195,7 @@ def _cotangents(options: Options, loop: Loop, operands: Operands) -> dict[str, j
 
 def _across(sums: Sums, sums_of: list[SumOf], options: Options) -> Sums:
     """The sums of all devices; the gradients cross here, and nowhere else."""
-    axes = options.data_axes
+    axes = of_several(options.data_axes)
     summed = [None if s.is_max or s.shard else g for g, s in zip(sums.grads, sums_of, strict=True)]
     # Counts go as float32, for arrays of one dtype cross together.
     totals = (sums.num_examples, sums.num_skipped, sums.num_weighted, sums.sq_norm_sum)

@@ -179,6 +179,35 @@ def test_aux(kind):
     assert_trees_close(aux, expected, rtol=1e-6, atol=1e-6)
 
 
+@KINDS
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_aux_and_carry_that_another_axis_divides(kind, num_devices):
+    mesh = jax.make_mesh((num_devices, 2), ("data", "model"), axis_types=(kind,) * 2)
+    w, x = jnp.linspace(-1, 1, 4), jax.random.normal(jax.random.key(0), (8, 4))
+    kinds = optaccum.Max, optaccum.Last, optaccum.Sum
+
+    def loss_fn(w, x, carry):
+        h = x * w
+        return jnp.mean(h.sum(1)), (carry + x.mean(0), [kind(h[-1]) for kind in kinds])
+
+    def sums(w, x):
+        return optaccum.Sum((x * w).sum(0))
+
+    args = (jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in ((w, P("model")), (x, P("data", "model"))))
+    w_of_all, x_of_all = args
+    carry = jax.device_put(jnp.zeros(4), NamedSharding(mesh, P("model")))
+    options = {"num_microbatches": 2, "data_axes": "data"}
+    grad_fn = optaccum.value_and_grad(loss_fn, has_aux=True, carry_argnum=2, **options)
+    (_, (carry, aux)), grads = grad_fn(w_of_all, x_of_all, carry)
+    rows = 8 // num_devices
+    last = (x * w).reshape(num_devices, rows, 4)[:, -2:].reshape(-1, 4)
+    wanted = last.max(0), last[-1], last.sum(0)
+    assert_trees_close(tuple(aux), wanted, rtol=1e-6, atol=1e-6)
+    assert_trees_close((carry, grads), (2 * x.mean(0), x.mean(0)), rtol=1e-6, atol=1e-6)
+    assert_trees_close(optaccum.chunked(sums, **options)(w_of_all, x_of_all), (x * w).sum(0), rtol=1e-6, atol=1e-6)
+    assert all((jnp.abs(x - wanted[1]) > 1e-2).any() for x in (wanted[0], wanted[2]))
+
+
 def test_nan_on_one_device_is_not_lost():
     batch = make_batch() | {"mask": make_batch()["mask"].at[PER_DEVICE].set(jnp.nan)}
 

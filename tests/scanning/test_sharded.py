@@ -24,7 +24,7 @@ SPECS = {
     "stacked layers": ("data", {"table": P("data"), "layers": {"w": P("data"), "b": P(None, "data")}}),
     "beside a tensor axis": (
         "tensor",
-        {"table": P("data", "model"), "layers": {"w": P(None, "data", "model"), "b": P()}},
+        {"table": P("data", "model"), "layers": {"w": P(None, "data", "model"), "b": P(None, "data")}},
     ),
     "two data axes": (
         "two",
@@ -217,6 +217,29 @@ def test_zero_1(kind, shard_sums):
     if not shard_sums:
         assert not counts.in_loops
         assert dict(counts.outside) == {"reduce-scatter": 2, "all-reduce": 2}
+
+
+@KINDS
+@pytest.mark.parametrize(("reduction", "shard_sums"), [("mean", False), ("mean", True), ("max", False)])
+def test_zero_1_along_a_dimension_that_a_tensor_axis_divides(kind, reduction, shard_sums):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    w, x = jnp.linspace(-1, 1, 8), jax.random.normal(jax.random.key(0), (8, 8))
+    args = jax.device_put(w, NamedSharding(mesh, P("model"))), jax.device_put(x, NamedSharding(mesh, P("data")))
+    fn = optaccum.grad(
+        lambda w, x: jnp.mean(jnp.tanh(x * w).sum(1)),
+        num_microbatches=2,
+        data_axes="data",
+        grad_specs=P("data"),
+        shard_sums=shard_sums,
+        grad_reduction_fn=lambda *_: reduction,
+    )
+    each = jax.vmap(jax.grad(lambda w, x: jnp.tanh(x * w).sum()), (None, 0))(w, x)
+    wanted = {"max": each.max(0), "mean": each.mean(0)}
+    grads = fn(*args)
+    assert_trees_close(grads, wanted.pop(reduction), rtol=1e-6, atol=1e-6)
+    assert grads.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 1)
+    with pytest.raises(AssertionError, match="differ beyond"):
+        assert_trees_close(grads, *wanted.values(), rtol=1e-2)
 
 
 @KINDS

@@ -206,12 +206,12 @@ def _whole_batch(
         scale, _ = cotangents
         if isinstance(scale, SymbolicZero):
             return None, None, None
-        pairs = zip(grads, own_dtypes, strict=True)
-        scaled = [None if g.dtype == jnp.bool_ else (g * scale).astype(dtype) for g, dtype in pairs]
+        pairs = zip(grads, likes, strict=True)
+        scaled = [None if g.dtype == jnp.bool_ else _as_type(g * scale, x) for g, x in pairs]
         return scaled[:num_shared], structure.unflatten(scaled[num_shared:]), None
 
     shared, (rows, structure) = [*call.diff, *closed], jax.tree.flatten(call.batch)
-    own_dtypes, num_shared = [x.dtype for x in (*shared, *rows)], len(shared)  # `backward` outlives the tracers
+    likes, num_shared = [jax.typeof(x) for x in (*shared, *rows)], len(shared)  # `backward` outlives the tracers
     value_of.defvjp(forward, backward, symbolic_zeros=True)
     return value_of(shared, call.batch, call._replace(diff=(), batch=()))
 
@@ -254,6 +254,13 @@ def _of_shared(loss: MicroLoss, where: list[int], num_diff: int) -> MicroLoss:
         return loss.traced.call([closed[i] for i in where], diff, *args)
 
     return loss._replace(traced=loss.traced._replace(call=call))
+
+
+def _as_type(grad: jax.Array, aval: Any) -> jax.Array:
+    """In the dtype, and laid out on Explicit axes, as JAX wants the gradient of what has this type."""
+    grad, spec = grad.astype(aval.dtype), aval.sharding.spec
+    sharding = jax.typeof(grad).sharding
+    return grad if sharding.spec == spec else jax.sharding.reshard(grad, sharding.update(spec=spec))
 
 
 def _refuse_derivative(x: jax.Array) -> jax.Array:

@@ -135,6 +135,21 @@ def test_rows_closures_and_second_order():
         assert_trees_close(first, jax.tree.map(lambda x: 1.01 * x, first_whole), rtol=1e-3)
 
 
+@KINDS
+@pytest.mark.parametrize("rows", [P(), P("model"), P(("data", "model"))], ids=str)
+def test_the_gradient_of_rows_lies_as_they_do(kind, rows):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    loss = optaccum.microbatched(lambda w, x: jnp.mean((w * x) ** 2), num_microbatches=2, data_axes="data")
+    x = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, rows))
+    with jax.set_mesh(mesh):
+        grads = jax.jit(jax.grad(loss, (0, 1)))(jnp.float32(3), x)
+    assert_trees_close(grads, (jnp.float32(105), 9 / 4 * jnp.arange(8.0)), rtol=1e-6)
+    if kind == EXPLICIT:
+        assert jax.typeof(grads[1]) == jax.typeof(x)
+    with pytest.raises(AssertionError, match="differ beyond"):
+        assert_trees_close(grads, (jnp.float32(105), 9 / 4 * jnp.arange(8.0)[::-1]), rtol=1e-2)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_in_someones_own_shard_map(check_vma):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AUTO,))

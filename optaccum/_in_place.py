@@ -1,5 +1,6 @@
 """Sums into which the backward pass adds by itself: when references can be used, and how they stay unseen."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,12 +98,30 @@ def run_as(fast: Callable[[PyTree], PyTree], plain: Callable[[PyTree], PyTree]) 
     @unbatched.def_vmap
     def _(axis_size, in_batched, operands):
         in_axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
-        outputs = jax.vmap(plain, in_axes=in_axes, axis_size=axis_size)(operands)
-        return outputs, jax.tree.map(lambda _: True, outputs)
+        vmapped = functools.partial(jax.vmap, in_axes=in_axes, axis_size=axis_size)
+        batched = _which_are_batched(vmapped, plain, operands)
+        out_axes = jax.tree.map(lambda batched: 0 if batched else None, batched)
+        return vmapped(plain, out_axes=out_axes)(operands), batched
 
     function = jax.custom_jvp(unbatched)
     function.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
     return function
+
+
+def _which_are_batched(vmapped: Callable[..., Any], plain: Callable[[PyTree], PyTree], operands: PyTree) -> PyTree:
+    """Whether each output of `plain` differs along the axis of `vmapped`, as JAX has it for the derivative too.
+
+    It takes the one for the other where a call is batched, then differentiated.
+    """
+    found = set()
+
+    def look(path, x):
+        seen = jax.custom_batching.custom_vmap(lambda x: x)
+        seen.def_vmap(lambda _, batched, x: (x, not found.add(path)))  # called for what is batched
+        return seen(x)
+
+    structs = jax.eval_shape(vmapped(lambda operands: jax.tree.map_with_path(look, plain(operands))), operands)
+    return jax.tree.map_with_path(lambda path, _: path in found, structs)
 
 
 def _never(*_: Any) -> Any:

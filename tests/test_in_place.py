@@ -1,5 +1,7 @@
 """`run_as` runs one form and is transformed as the other; references by themselves are not to be trusted."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -126,6 +128,27 @@ def test_integers_and_keys_may_be_batched():
 
     operands = {"n": jnp.arange(3), "key": jax.random.split(jax.random.key(0), 3), "flag": None}
     assert_trees_equal(jax.vmap(run_as(double, double))(operands), double(operands))
+
+
+@pytest.mark.parametrize("num_members", [2, 3])
+def test_the_derivative_of_a_vmap_has_whole_what_no_member_changes(num_members):
+    def square(operands):
+        x, shared = operands
+        return x * x, jnp.sin(shared)
+
+    def total(fn, x, shared):
+        squares, sines = jax.vmap(fn, in_axes=((0, None),))((x, shared))
+        return jnp.sum((squares * jnp.sum(sines, axis=1)) ** 2)
+
+    def one_each(x, shared):
+        return jnp.sum((x * x * jnp.sin(jnp.resize(shared, x.shape))) ** 2)
+
+    operands = jnp.arange(1.0, 1.0 + num_members), jnp.array([0.3, 0.8])
+    expected = jax.grad(functools.partial(total, square), (0, 1))(*operands)
+    actual = jax.grad(functools.partial(total, jax.jit(run_as(square, square))), (0, 1))(*operands)
+    assert_trees_close(actual, expected, rtol=1e-6)
+    with pytest.raises(AssertionError):
+        assert_trees_close(jax.grad(one_each, (0, 1))(*operands), expected, rtol=1e-6)
 
 
 def test_no_tracer_outlives_the_trace():

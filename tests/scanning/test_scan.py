@@ -200,6 +200,7 @@ def test_what_the_loss_closes_over_may_be_traced(in_place):
         batched = jax.vmap(jax.value_and_grad(fn), (None, 0))(0.5, jnp.arange(3))
         return (
             batched,
+            jax.grad(lambda h: jax.vmap(fn, (None, 0))(h, jnp.arange(3)).sum())(0.5),
             jax.jit(jax.hessian(fn))(0.5, jnp.int32(2)),
             jax.jvp(lambda h: fn(h, jnp.int32(2)), (0.5,), (1.0,)),
         )

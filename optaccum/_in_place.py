@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaccum._trace import Traced
+from optaccum._varying import lead
 
 PyTree = Any
 
@@ -93,6 +94,9 @@ def run_as(fast: Callable[[PyTree], PyTree], plain: Callable[[PyTree], PyTree]) 
         leaves.clear()  # JAX 0.12 keeps them, for a transposition that never comes, and would leak tracers
         return outputs
 
+    def leading(operands):
+        return lead(plain(operands))
+
     unbatched = jax.custom_batching.custom_vmap(opaque)
 
     @unbatched.def_vmap
@@ -101,10 +105,10 @@ def run_as(fast: Callable[[PyTree], PyTree], plain: Callable[[PyTree], PyTree]) 
         vmapped = functools.partial(jax.vmap, in_axes=in_axes, axis_size=axis_size)
         batched = _which_are_batched(vmapped, plain, operands)
         out_axes = jax.tree.map(lambda batched: 0 if batched else None, batched)
-        return vmapped(plain, out_axes=out_axes)(operands), batched
+        return vmapped(leading, out_axes=out_axes)(operands), batched
 
     function = jax.custom_jvp(unbatched)
-    function.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    function.defjvp(lambda primals, tangents: jax.jvp(leading, primals, tangents))
     return function
 
 

@@ -11,7 +11,7 @@ from jax import lax
 from jax.extend import core as jex_core
 
 from optaccum._trace import hoisted
-from optaccum._varying import vary_like
+from optaccum._varying import lead, vary_like
 
 Carry = TypeVar("Carry")
 
@@ -70,7 +70,7 @@ def _run_jaxpr_if(fn: Callable[..., list[Any]], predicate: Any, leaves: list[Any
     # differentiated first, and that has no transpose. What is not chosen gives no gradient, not even a NaN.
     def choice(predicate, leaves, consts):
         used = jax.tree.map(lambda x: jnp.where(predicate, x, lax.stop_gradient(x)), (leaves, consts))
-        return [jnp.where(predicate, new, old) for new, old in zip(call(*used), leaves, strict=True)]
+        return lead([jnp.where(predicate, new, old) for new, old in zip(call(*used), leaves, strict=True)])
 
     @in_place.defjvp
     def _(primals, tangents):

@@ -53,6 +53,15 @@ def vary_like(tree: PyTree, structs: PyTree) -> PyTree:
     return jax.tree.map(cast, tree, structs)
 
 
+def lead(tree: PyTree) -> PyTree:
+    """The same arrays, with the axis of a `jax.vmap` first, wherever it was.
+
+    For what a `custom_jvp` or `custom_vjp` returns: where `vmap` comes between the derivative and a `jax.jit` that it
+    is called in, JAX (0.10 and 0.12) takes the axes of the function for those of its rule, silently.
+    """
+    return jax.tree.map(lambda x: jnp.squeeze(x[None], 0), tree)
+
+
 def zeros_of(structs: PyTree, beside: PyTree = ()) -> PyTree:
     """Zeros for what `jax.eval_shape` returned, with its sharding and its varying axes.
 

@@ -216,7 +216,7 @@ MUTATIONS = [
     ),
     Mutation(
         "scanning: differentiates through the references",
-        "jax.jvp(plain, primals, tangents)",
+        "jax.jvp(leading, primals, tangents)",
         "jax.jvp(fast, primals, tangents)",
         "test_in_place.py -k outer",
     ),
@@ -224,6 +224,12 @@ MUTATIONS = [
         "scanning: what no member of a vmap changes is said to differ",
         "lambda path, _: path in found, structs",
         "lambda path, _: True, structs",
+        "test_in_place.py -k derivative_of_a_vmap",
+    ),
+    Mutation(
+        "a derivative's rule leaves the axis of a vmap where it lay",
+        "lambda x: jnp.squeeze(x[None], 0), tree)",
+        "lambda x: x, tree)",
         "test_in_place.py -k derivative_of_a_vmap",
     ),
     Mutation(

@@ -96,6 +96,24 @@ def test_a_gradient_of_vmap_where_members_differ(inner, outer):
         assert_trees_close(outer(jax.grad(total))(X), 6 * jnp.cos(X))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_gradient_of_vmap_of_jit_along_any_axis(axis):
+    xs, weights = jnp.arange(9.0).reshape(3, 3), jnp.arange(9.0).reshape(3, 3) ** 2
+
+    def total(fn, xs):
+        return jnp.sum(jax.vmap(fn, in_axes=axis)(xs) * weights)
+
+    def sines(x):
+        return jnp.sin(x) * jnp.arange(3.0)
+
+    jitted = jax.jit(lambda predicate, x: run_if(predicate, sines, x))
+    expected = jax.grad(functools.partial(total, sines))(xs)
+    actual = jax.grad(functools.partial(total, functools.partial(jitted, True)))(xs)
+    assert_trees_close(actual, expected, rtol=1e-6)
+    with pytest.raises(AssertionError):
+        assert_trees_close(jax.grad(functools.partial(total, sines))(xs.T).T, expected, rtol=1e-2)
+
+
 def test_what_does_not_run_gives_no_gradient_not_even_a_nan():
     def member(x, predicate):
         return run_if(predicate, jnp.sqrt, x)

@@ -20,6 +20,7 @@ from optaccum._scanning.micro_loss import MicroLoss, trace_loss
 from optaccum._scanning.options import Options, make_options
 from optaccum._scanning.sharded import Leaf, Placement, gather, leaves_of, place
 from optaccum._scanning.whole_batch import differ, divide_batch, make_sums_of, run_window
+from optaccum._varying import lead
 
 PyTree = Any
 
@@ -191,7 +192,7 @@ def _whole_batch(
         # of another, where what is chosen differs (of the kind of https://github.com/jax-ml/jax/issues/16614).
         grads = [next(grads) if c else jnp.bool_(False) for c in (*chosen, *of_rows)]
         grads = [lax.select(value == value, g, g) for g in grads]
-        return (value, reductions.merge_aux(aux, rows)), grads
+        return lead(((value, reductions.merge_aux(aux, rows)), grads))
 
     @jax.custom_vjp
     def value_of(shared, batch, others):

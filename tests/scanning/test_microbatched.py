@@ -311,6 +311,24 @@ def test_calls_of_one_vmapped_loss_stay_apart(transform):
         assert_trees_close(actual, jax.grad(total(lambda a, x, b: loss_fn(b, x, a)))(moved), rtol=1e-2)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_aux_of_a_vmapped_loss_is_each_members_own(in_place):
+    def loss_fn(scale, x):
+        return jnp.mean(jnp.tanh(x * scale)), optaccum.Stack(jnp.sum(x) * scale)
+
+    def total(scales):
+        losses, stacks = jax.vmap(loss, (0, None))(scales, x)
+        return jnp.sum(losses), stacks
+
+    x, scales = jnp.arange(6.0), jnp.array([0.5, 2.0, 3.0])
+    loss = optaccum.microbatched(loss_fn, num_microbatches=3, has_aux=True, in_place=in_place)
+    stacks = jax.grad(total, has_aux=True)(scales)[1]
+    expected = scales[:, None] * jnp.array([3.0, 5.0, 7.0])
+    assert_trees_equal(stacks, expected)
+    with pytest.raises(AssertionError):
+        assert_trees_equal(stacks.T, expected)
+
+
 def test_forward_mode_is_told_the_way_out():
     loss = optaccum.microbatched(mean_loss, num_microbatches=3)
     with pytest.raises(TypeError, match="forward-mode") as info:

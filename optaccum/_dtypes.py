@@ -16,7 +16,7 @@ AccumulatorDType = DTypeLike | None | Callable[[tuple[Any, ...], Any], DTypeLike
 
 def check_accumulator_dtype(accumulator_dtype: Any, where: str = "") -> AccumulatorDType:
     """`accumulator_dtype`; raises where it is no floating dtype, None or function."""
-    if accumulator_dtype is None or _is_function(accumulator_dtype):
+    if accumulator_dtype is None or is_function(accumulator_dtype):
         return accumulator_dtype
     try:
         dtype = np.dtype(accumulator_dtype)
@@ -39,18 +39,19 @@ def accumulator_dtype_of(accumulator_dtype: AccumulatorDType, path: tuple[Any, .
     function returns is taken as it is; None from it, as for the option itself, is the leaf's own.
     """
     own = dtype_of(leaf)  # not a weak type's default
-    if jnp.issubdtype(own, jax.dtypes.extended):
-        return jnp.dtype(jnp.float32)  # of a PRNG key, which has no gradient
+    if jnp.issubdtype(own, jax.dtypes.extended):  # a PRNG key, which has no gradient
+        dtype = None if is_function(accumulator_dtype) else accumulator_dtype
+        return accumulator_dtype_of(dtype, path, np.float32(0))
     own = cast(Any, jax.dtypes.canonicalize_dtype(own))  # without x64 float32
-    is_function = _is_function(accumulator_dtype)
-    if is_function:
+    by_function = is_function(accumulator_dtype)
+    if by_function:
         accumulator_dtype = cast(Callable[..., Any], accumulator_dtype)(path, leaf)
         if jnp.issubdtype(own, jnp.inexact):
             check_accumulator_dtype(accumulator_dtype, f" at {leaf_name(path)}")
     if accumulator_dtype is None:
         return own
     dtype = jax.dtypes.canonicalize_dtype(cast(DTypeLike, accumulator_dtype))
-    if is_function:
+    if by_function:
         return dtype
     if jnp.issubdtype(own, jnp.complexfloating):
         return np.promote_types(own, at_least_float32(dtype))
@@ -74,7 +75,8 @@ def as_summand(x: Any) -> jax.Array:
     return x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
 
 
-def _is_function(accumulator_dtype: Any) -> bool:
+def is_function(accumulator_dtype: Any) -> bool:
+    """Whether this `accumulator_dtype` is to be asked about each leaf."""
     return callable(accumulator_dtype) and not isinstance(accumulator_dtype, type)  # jnp.float32 is a type
 
 

@@ -70,9 +70,25 @@ def test_a_function_of_the_leaf_may_not_truncate_gradients_and_a_key_has_none():
         assert_trees_equal(params["key"], jax.random.key(0))
         assert params["n"] == 3
     assert params["w"].tolist() == [-2, -2]
+    with jax.enable_x64(True):
+        tx = optaccum.accumulate(optax.sgd(0.5), 2, accumulator_dtype=jnp.float64)
+        _, state = optaccum.apply_gradients(tx, grads, tx.init(params), params)
+        assert state.grad_sum["w"].tolist() == [2, 2]
     narrow = optaccum.accumulate(optax.sgd(0.5), 2, accumulator_dtype=lambda path, leaf: jnp.int32)
     with pytest.raises(ValueError, match=r"accumulator_dtype at \['w'\] to be a floating dtype; got int32"):
         narrow.init(params)
+
+
+def test_a_function_is_asked_about_parameters_and_a_dtype_is_held_against_restored_sums():
+    params = {"h": jnp.ones(2, jnp.bfloat16), "w": jnp.ones(2)}
+    other = {jnp.dtype(jnp.bfloat16): jnp.float32, jnp.dtype(jnp.float32): jnp.bfloat16}
+    swap = optaccum.accumulate(optax.sgd(0.5), 2, accumulator_dtype=lambda path, leaf: other[leaf.dtype])
+    state = swap.init(params)
+    assert [str(x.dtype) for x in jax.tree.leaves(state.grad_sum)] == ["float32", "bfloat16"]
+    _, state = swap.update(params, state, params)
+    assert state.grad_sum["w"].dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match=r"grad_sum at \['w'\] to be float32, by accumulator_dtype; got bfloat16"):
+        optaccum.accumulate(optax.sgd(0.5), 2).update(params, state, params)
 
 
 def test_leaves_without_a_gradient_stay_as_they_are():

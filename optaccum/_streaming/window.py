@@ -20,6 +20,7 @@ from optaccum._dtypes import (
     as_flag,
     as_scalar,
     at_least_float32,
+    is_function,
     keep_avals,
     leaf_name,
 )
@@ -102,9 +103,10 @@ def check_state(options: Options, state: AccumulateState) -> None:
     if options.track_noise_scale and not isinstance(state.noise_state, NoiseScaleState):
         raise ValueError(f"expected a state with track_noise_scale=True; got one without. {ADVICE}")
     for path, total in jax.tree.leaves_with_path(state.grad_sum):
-        if options.accumulator_dtype is None or not jnp.issubdtype(total.dtype, jnp.floating):
-            continue
-        expected = accumulator_dtype_of(options.accumulator_dtype, path, total)
+        dtype = options.accumulator_dtype
+        if dtype is None or is_function(dtype) or not jnp.issubdtype(total.dtype, jnp.floating):
+            continue  # a function is of the parameter, not of its sum
+        expected = accumulator_dtype_of(dtype, path, total)
         if jnp.finfo(total.dtype).bits < jnp.finfo(expected).bits:
             raise ValueError(
                 f"expected grad_sum at {leaf_name(path)} to be {expected}, by accumulator_dtype; got {total.dtype}. "

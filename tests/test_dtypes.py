@@ -91,11 +91,19 @@ def test_a_function_is_asked_about_parameters_and_a_dtype_is_held_against_restor
         optaccum.accumulate(optax.sgd(0.5), 2).update(params, state, params)
 
 
-def test_leaves_without_a_gradient_stay_as_they_are():
+ADAMW = optax.adamw(0.1, weight_decay=0.5)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [ADAMW, optax.chain(optax.clip_by_global_norm(1.0), ADAMW), optax.apply_if_finite(optax.sgd(0.1), 2)],
+    ids=["bare", "clipped", "if finite"],
+)
+def test_leaves_without_a_gradient_stay_as_they_are(optimizer):
     params = {"w": jnp.ones(2), "n": jnp.int32(16_777_217), "none": None, "masked": optax.MaskedNode()}
     grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2), allow_int=True)(params)
     assert grads["n"].dtype == jax.dtypes.float0
-    tx = optaccum.accumulate(optax.adamw(0.1, weight_decay=0.5), 2, should_skip_update_fn=optax.skip_not_finite)
+    tx = optaccum.accumulate(optimizer, 2, should_skip_update_fn=optax.skip_not_finite)
     updates, _ = run(tx, [grads] * 2, params, jit=False)
     new = optax.apply_updates({k: params[k] for k in "wn"}, {k: updates[-1][k] for k in "wn"})
     assert int(new["n"]) == 16_777_217  # odd beyond 2^24: through a float it would move

@@ -28,7 +28,7 @@ def as_arrays(grads: optax.Updates, grad_sum: optax.Updates) -> optax.Updates:
 
     def as_array(grad, total):
         if is_float0(grad):
-            return jnp.zeros_like(total, dtype=jnp.int8)
+            return jnp.zeros_like(total)
         grad = jnp.asarray(grad)
         return keep_sharding(lax.convert_element_type(grad, grad.dtype), total)  # strongly typed
 

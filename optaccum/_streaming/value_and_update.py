@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from optaccum._checks import check_flag, check_function, check_no_nnx_objects
-from optaccum._dtypes import keep_sharding
+from optaccum._dtypes import is_float0, keep_sharding
 from optaccum._in_place import run_as, why_not_in_place
 from optaccum._loss import EXAMPLES, loss_terms, loss_value, ratio
 from optaccum._run_if import run_if
@@ -151,7 +151,9 @@ def _into_the_sum(
     total, rest, sums = _add_in_some_form(lambda x: total_and_rest(put_back(x, params)), operands, scales, in_place)
     given = _with_loss(given, options, total, rest)
     state, full = add_count(options, state, weigh(given), given, None)
-    state = state._replace(grad_sum=put_back(sums, state.grad_sum))
+    # Where there is no gradient, zeros: the last window's division by a NaN weight left a NaN.
+    old = jax.tree.map(lambda like, x: jnp.zeros_like(x) if is_float0(like) else x, likes, state.grad_sum)
+    state = state._replace(grad_sum=put_back(sums, old))
     return *close(options, state, full, likes, params, given.extra_args, in_place=True), rest
 
 

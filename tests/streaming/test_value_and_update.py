@@ -135,6 +135,19 @@ def test_a_zero_weight_adds_nothing_of_a_nan(form, in_place):
     assert_trees_close(tuple(actual), tuple(expected), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_window_after_one_of_a_nan_weight_starts_clean_where_there_is_no_gradient_too(in_place):
+    tx = optaccum.accumulate(optax.polyak_sgd(1.0), 1, averaged_extra_args=("value",))  # takes the norm of all
+    step = jax.jit(optaccum.value_and_update(mean_loss, tx, in_place=in_place))
+    start = tx.init(PARAMS)
+    _, lost, state = step(PARAMS, start, *BATCHES[0], weight=jnp.nan)
+    assert jnp.isnan(lost["out"]).all()
+    assert jnp.isnan(state.grad_sum["count"])
+    actual, expected = (step(PARAMS, before, *BATCHES[1], weight=2.0)[1] for before in (state, start))
+    assert_trees_equal(actual, expected)
+    assert (expected["out"] != PARAMS["out"]).all()
+
+
 @pytest.mark.parametrize("tx", [TX, optax.chain(TX)])
 def test_no_backward_pass_runs_where_the_weight_is_zero(tx):
     ran = []

@@ -1,6 +1,6 @@
 """Where an array is: along which mesh axes of a `jax.shard_map` it differs; zeros that are where another is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -60,6 +60,16 @@ def lead(tree: PyTree) -> PyTree:
     is called in, JAX (0.10 and 0.12) takes the axes of the function for those of its rule, silently.
     """
     return jax.tree.map(lambda x: jnp.squeeze(x[None], 0), tree)
+
+
+def structs_of(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
+    """`jax.eval_shape`, which does not say how an array lies on a mesh that has Auto axes beside Explicit ones."""
+    closed, structs = jax.make_jaxpr(fn, return_shape=True)(*args)
+
+    def known(s, aval):
+        return s if s.sharding or not any(aval.sharding.spec) else s.update(sharding=aval.sharding)
+
+    return jax.tree.map(known, structs, jax.tree.unflatten(jax.tree.structure(structs), closed.out_avals))
 
 
 def zeros_of(structs: PyTree, beside: PyTree = ()) -> PyTree:

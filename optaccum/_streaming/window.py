@@ -30,7 +30,7 @@ from optaccum._streaming.gradients import add_updates, as_arrays, check_gradient
 from optaccum._streaming.schedule import EveryK, is_full
 from optaccum._streaming.skip import call_skip_fn
 from optaccum._streaming.state import ADVICE, AccumulateState, add_to_total, check_is_state, two_sum
-from optaccum._varying import zeros_of
+from optaccum._varying import structs_of, zeros_of
 
 
 class Options(NamedTuple):
@@ -247,13 +247,12 @@ def _updates_like(
 ) -> optax.Updates:
     """The structure and dtypes of the updates that `inner` gives for `grads`, whose mean is wider."""
 
-    def strongly_typed_updates(grads, inner_state):
-        updates, _ = inner_update(grads, inner_state, params, {})
+    def strongly_typed_updates(grads, grad_sum, inner_state):
+        updates, _ = inner_update(as_arrays(grads, grad_sum), inner_state, params, {})
         return jax.tree.map(lambda u: lax.convert_element_type(u, jnp.result_type(u)), updates)
 
-    grads = jax.eval_shape(as_arrays, grads, state.grad_sum)
     try:
-        return jax.eval_shape(strongly_typed_updates, grads, state.inner_state)
+        return structs_of(strongly_typed_updates, grads, state.grad_sum, state.inner_state)
     except Exception as error:
         error.add_note(f"It came of the inner optimizer's update. If its state was restored: {ADVICE}")
         raise

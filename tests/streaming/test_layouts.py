@@ -80,6 +80,22 @@ def test_on_an_explicit_mesh_what_is_kept_keeps_its_layout(name, in_one):
         assert_trees_equal(new_params["w"], PARAMS["w"])
 
 
+@pytest.mark.parametrize("in_one", [False, True])
+def test_axes_of_a_mesh_may_be_auto_and_explicit(in_one):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Explicit))
+    tx = tx_of(skip=False) if in_one else optax.chain(optax.identity(), tx_of(skip=False))
+    expected = three_calls(tx, PARAMS, tx.init(PARAMS), GRADS, in_one=in_one)
+    with jax.set_mesh(mesh):
+        params, *grads = (
+            jax.tree.map(lambda x: jax.device_put(x, jax.P(None, "model") if x.ndim > 1 else EVERYWHERE), tree)
+            for tree in (PARAMS, *GRADS)
+        )
+        for jit in (jax.jit, lambda fn: fn):
+            new_params, state, updates = three_calls(tx, params, tx.init(params), grads, in_one=in_one, jit=jit)
+            assert_trees_close((new_params, updates), (expected[0], expected[2]))
+            assert layout((new_params, state, updates)) == [(None, "model")] * 5
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_outside_jit_and_without_a_mesh_set_updates_are_laid_out_as_the_parameters(inside):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))

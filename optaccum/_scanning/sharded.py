@@ -286,7 +286,8 @@ def _agreed(given: tuple[Names, ...], x: jax.Array, mesh: Any, axes: Names, name
         return given
     data_alone = only(given, axes) == given
     if data_alone and only(given, visible) == only(shown, axes):
-        return tuple(a + tuple(axis for axis in b if axis not in axes) for a, b in zip(given, shown, strict=True))
+        pairs = zip(given, shown, strict=True)
+        return tuple(b if set(a) <= set(b) else a + tuple(axis for axis in b if axis not in axes) for a, b in pairs)
     raise ValueError(
         f"expected param_specs to be how the parameters are sharded, {_spec(shown)} at {name}; got {_spec(given)}. "
         "Leave param_specs out where the arrays show it, or place them so with jax.device_put."

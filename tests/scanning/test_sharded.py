@@ -243,6 +243,20 @@ def test_zero_1_along_a_dimension_that_a_tensor_axis_divides(kind, reduction, sh
 
 
 @KINDS
+@pytest.mark.parametrize("axes", [("data", "model"), ("model", "data")], ids=str)
+def test_specs_of_the_data_axes_alone_leave_the_order_of_axes_as_it_shows(kind, axes):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    w, x = jnp.arange(8.0), jax.random.normal(jax.random.key(0), (8, 8))
+    args = jax.device_put(w, NamedSharding(mesh, P(axes))), jax.device_put(x, NamedSharding(mesh, P("data")))
+    loss, options = lambda w, x: jnp.mean((x * w) ** 2), {"num_microbatches": 2, "data_axes": "data"}
+    grads = optaccum.grad(loss, param_specs=P("data"), **options)(*args)
+    assert_trees_close(grads, jax.grad(loss)(w, x), rtol=1e-5)
+    assert grads.sharding.is_equivalent_to(args[0].sharding, 1)
+    other = NamedSharding(mesh, P(axes[::-1]))
+    assert not grads.sharding.is_equivalent_to(other, 1)
+
+
+@KINDS
 def test_other_arguments_and_the_carry_are_gathered(kind):
     mesh, axes, params, batch = place(kind, SPECS["one axis"])
     base = jax.device_put(jnp.linspace(0.5, 1.5, WIDTH), NamedSharding(mesh, P("data")))

@@ -69,6 +69,9 @@ def _run_jaxpr_if(fn: Callable[..., list[Any]], predicate: Any, leaves: list[Any
     # Not lax.cond, which JAX batches by a stop_gradient on what it is not to touch: on tangents too, where it is
     # differentiated first, and that has no transpose. What is not chosen gives no gradient, not even a NaN.
     def choice(predicate, leaves, consts):
+        # Members of a vmap differ in what a loop returns wherever they would after a second trip: here, too (`lead`).
+        again = call(*jax.tree.map(lax.stop_gradient, (leaves, consts)))
+        leaves = [jnp.where(False, new, x) for new, x in zip(again, leaves, strict=True)]
         used = jax.tree.map(lambda x: jnp.where(predicate, x, lax.stop_gradient(x)), (leaves, consts))
         return lead([jnp.where(predicate, new, old) for new, old in zip(call(*used), leaves, strict=True)])
 

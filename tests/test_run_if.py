@@ -114,6 +114,24 @@ def test_a_gradient_of_vmap_of_jit_along_any_axis(axis):
         assert_trees_close(jax.grad(functools.partial(total, sines))(xs.T).T, expected, rtol=1e-2)
 
 
+@pytest.mark.parametrize("predicate", [True, False])
+def test_a_gradient_of_vmap_of_jit_where_members_would_differ_after_a_second_trip(predicate):
+    x, xs = jnp.arange(1.0, 4.0), jnp.arange(9.0).reshape(3, 3)
+
+    def shifted(carry, scale):  # "last" differs between members once "now" does
+        return {"last": carry["now"], "now": carry["now"] * scale}
+
+    def total(fn, x):
+        new = jax.vmap(lambda scale: fn({"last": x**2, "now": x}, scale))(xs)
+        return jnp.sum(new["last"] ** 2) + jnp.sum(new["now"])
+
+    jitted = jax.jit(lambda predicate, carry, scale: run_if(predicate, lambda carry: shifted(carry, scale), carry))
+    expected = jax.grad(functools.partial(total, shifted if predicate else lambda carry, _: carry))(x)
+    assert_trees_close(jax.grad(functools.partial(total, functools.partial(jitted, predicate)))(x), expected)
+    with pytest.raises(AssertionError):
+        assert_trees_close(jax.grad(functools.partial(total, lambda carry, _: carry | {"now": x}))(x), expected)
+
+
 def test_what_does_not_run_gives_no_gradient_not_even_a_nan():
     def member(x, predicate):
         return run_if(predicate, jnp.sqrt, x)

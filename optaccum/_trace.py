@@ -9,6 +9,7 @@ from jax.extend import core as jex_core
 from jax.interpreters import partial_eval
 
 from optaccum._tied import Tied, call_tied
+from optaccum._varying import jaxpr_and_structs
 
 PyTree = Any
 
@@ -32,7 +33,7 @@ class Traced(NamedTuple):
 def trace(fn: Callable[..., Any], *args: PyTree) -> tuple[Traced, list[Any]]:
     """The function as traced on these arguments, and what it closes over."""
     # Not `jax.closure_convert`, which leaves closed-over integers in the function.
-    closed, structs = jax.make_jaxpr(fn, return_shape=True)(*args)
+    closed, structs = jaxpr_and_structs(fn, *args)
     jaxpr, structure, num_consts = hoisted(closed), jax.tree.structure(structs), len(closed.consts)
     call_flat = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(jaxpr, ()))
 

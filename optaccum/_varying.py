@@ -62,14 +62,17 @@ def lead(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.squeeze(x[None], 0), tree)
 
 
-def structs_of(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
-    """`jax.eval_shape`, which does not say how an array lies on a mesh that has Auto axes beside Explicit ones."""
+def jaxpr_and_structs(fn: Callable[..., PyTree], *args: PyTree) -> tuple[Any, PyTree]:
+    """A function's closed jaxpr, and the structs of what it returns.
+
+    JAX's own, of `jax.eval_shape` too, do not say how an array lies on a mesh that has Auto axes beside Explicit ones.
+    """
     closed, structs = jax.make_jaxpr(fn, return_shape=True)(*args)
 
     def known(s, aval):
         return s if s.sharding or not any(aval.sharding.spec) else s.update(sharding=aval.sharding)
 
-    return jax.tree.map(known, structs, jax.tree.unflatten(jax.tree.structure(structs), closed.out_avals))
+    return closed, jax.tree.map(known, structs, jax.tree.unflatten(jax.tree.structure(structs), closed.out_avals))
 
 
 def zeros_of(structs: PyTree, beside: PyTree = ()) -> PyTree:

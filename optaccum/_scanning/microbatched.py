@@ -11,7 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
-from optaccum._dtypes import AccumulatorDType
+from optaccum._dtypes import AccumulatorDType, keep_sharding
 from optaccum._scanning import reductions
 from optaccum._scanning.call import Call, Layout
 from optaccum._scanning.data_axes import compile_call
@@ -208,11 +208,13 @@ def _whole_batch(
         if isinstance(scale, SymbolicZero):
             return None, None, None
         pairs = zip(grads, likes, strict=True)
-        scaled = [None if g.dtype == jnp.bool_ else _as_type(g * scale, x) for g, x in pairs]
+        scaled = [None if g.dtype == jnp.bool_ else keep_sharding((g * scale).astype(x.dtype), x) for g, x in pairs]
         return scaled[:num_shared], structure.unflatten(scaled[num_shared:]), None
 
     shared, (rows, structure) = [*call.diff, *closed], jax.tree.flatten(call.batch)
-    likes, num_shared = [jax.typeof(x) for x in (*shared, *rows)], len(shared)  # `backward` outlives the tracers
+    # `backward` outlives the tracers.
+    likes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.typeof(x).sharding) for x in (*shared, *rows)]
+    num_shared = len(shared)
     value_of.defvjp(forward, backward, symbolic_zeros=True)
     return value_of(shared, call.batch, call._replace(diff=(), batch=()))
 
@@ -255,13 +257,6 @@ def _of_shared(loss: MicroLoss, where: list[int], num_diff: int) -> MicroLoss:
         return loss.traced.call([closed[i] for i in where], diff, *args)
 
     return loss._replace(traced=loss.traced._replace(call=call))
-
-
-def _as_type(grad: jax.Array, aval: Any) -> jax.Array:
-    """In the dtype, and laid out on Explicit axes, as JAX wants the gradient of what has this type."""
-    grad, spec = grad.astype(aval.dtype), aval.sharding.spec
-    sharding = jax.typeof(grad).sharding
-    return grad if sharding.spec == spec else jax.sharding.reshard(grad, sharding.update(spec=spec))
 
 
 def _refuse_derivative(x: jax.Array) -> jax.Array:

@@ -86,7 +86,7 @@ class Shard(NamedTuple):
     def _free(self, x: jax.Array) -> jax.Array:
         """With none of the Explicit axes that it is not told of."""
         shown = jax.typeof(x).sharding.spec
-        kept = [x if set(names_of(x)) <= set(other) else None for x, other in zip(shown, self.other, strict=True)]
+        kept = [own if set(names_of(own)) <= set(other) else None for own, other in zip(shown, self.other, strict=True)]
         return x if kept == [*shown] else jax.sharding.reshard(x, PartitionSpec(*kept))
 
     def _apart_spec(self) -> PartitionSpec:
@@ -177,7 +177,7 @@ def place(mesh: Any, axes: Names, leaves: list[Leaf]) -> Placement:
         params.append(entries)
         own = entries if grad_spec is None else _entries(grad_spec, x, mesh, f"grad_specs at {name}")
         if set(sum(own, ())) <= set(axes):  # of the data axes alone: others stay where these divide nothing
-            own = tuple(a or tuple(x for x in b if x not in axes) for a, b in zip(own, entries, strict=True))
+            own = tuple(a or tuple(axis for axis in b if axis not in axes) for a, b in zip(own, entries, strict=True))
         grads.append(own)
 
     others = set(mesh.axis_names) - set(axes)

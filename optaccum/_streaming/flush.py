@@ -16,7 +16,7 @@ from optaccum._streaming.gradients import gradient_like, gradients_like, moving,
 from optaccum._streaming.state import check_is_state, is_state, states_in
 from optaccum._streaming.window import close
 from optaccum._trace import trace
-from optaccum._varying import structs_of, zeros_of
+from optaccum._varying import zeros_of
 
 _NOT_REACHED = (
     "expected tx.update to take zero gradients, weight=0 and emit=True, and to hand them to the optaccum.accumulate in "
@@ -107,4 +107,4 @@ def _by_a_call(
 
     is_open = functools.reduce(jnp.logical_or, [s.micro_step > 0 for s in states_in(state)])
     state = jax.tree.map(not_updated, state, is_leaf=is_state)
-    return run_if(is_open, end_once, (zeros_of(structs_of(end, True, state)[0], params), state))
+    return run_if(is_open, end_once, (zeros_of(traced.structs[0], params), state))

@@ -30,7 +30,7 @@ from optaccum._streaming.gradients import add_updates, as_arrays, check_gradient
 from optaccum._streaming.schedule import EveryK, is_full
 from optaccum._streaming.skip import call_skip_fn
 from optaccum._streaming.state import ADVICE, AccumulateState, add_to_total, check_is_state, two_sum
-from optaccum._varying import structs_of, zeros_of
+from optaccum._varying import jaxpr_and_structs, zeros_of
 
 
 class Options(NamedTuple):
@@ -252,7 +252,8 @@ def _updates_like(
         return jax.tree.map(lambda u: lax.convert_element_type(u, jnp.result_type(u)), updates)
 
     try:
-        return structs_of(strongly_typed_updates, grads, state.grad_sum, state.inner_state)
+        _, updates = jaxpr_and_structs(strongly_typed_updates, grads, state.grad_sum, state.inner_state)
+        return updates
     except Exception as error:
         error.add_note(f"It came of the inner optimizer's update. If its state was restored: {ADVICE}")
         raise
